@@ -1,0 +1,51 @@
+"""entropy-attn: measure the complexity of attention and turn it into speed.
+
+``import entropy_attn as ea`` needs torch alone: no Triton, no GPU, no transformers.
+Names are loaded when they are first used.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+# In a checkout `kernels/` and `benchmarks/` lie beside this package; setup.py installs them
+# inside it. Both have no __init__.py: the top-level name `kernels` belongs to Hugging Face.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "kernels" / "primitives.py").exists():
+    __path__.append(str(_ROOT))
+
+_EXPORTS = {
+    "BlockMask": "masks",
+    "block_sparse_attention": "api",
+    "attention_with_entropy": "api",
+    "merge_attention": "api",
+    "explain": "api",
+    "AttentionEntropy": "api",
+    "select_blocks": "selection",
+    "Pooled": "selection",
+    "Antidiagonal": "selection",
+    "TrueMass": "selection",
+    "TopK": "selection",
+    "TopP": "selection",
+    "Perplexity": "selection",
+    "backends": "backend",
+    "BackendUnavailable": "errors",
+    "SparsityConfig": "config",
+    "apply": "integrations",
+    "observe": "integrations",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'entropy_attn' has no attribute {name!r}")
+    module = import_module(f"entropy_attn.{_EXPORTS[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,318 @@
+"""Block-sparse attention, forward, with log-sum-exp and the entropies that come for free.
+
+For each block of queries A with the list L(A) of key blocks:
+    S_ij = scale * q_i . k_j,  p = softmax over the visible j in L(A),  O_i = sum_j p_ij v_j,
+    lse_i = log sum_j exp S_ij,
+    row entropy   H_i  = -sum_j p_ij log p_ij,
+    block entropy HB_i = -sum_B P_iB log P_iB with P_iB = sum over j in block B of p_ij.
+Online softmax as in FlashAttention (Dao et al., arXiv 2205.14135). With e_j = exp2(s_j - m) and
+l = sum e_j, both entropies are log l - T / l for a running sum T: of e_j * (s_j - m) for rows, of
+e_B * log2 e_B for blocks, e_B = sum over the block of e_j. When the maximum m rises by d, every
+e shrinks by 2^-d and T becomes 2^-d * (T - d * l).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import (
+    adjacent_lists,
+    architecture,
+    device_of,
+    dot_precision,
+    list_strides,
+    padded_head_dim,
+)
+from entropy_attn.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    block_start,
+    gathered_keys,
+    head_base,
+    list_base,
+    load_tile,
+    online_softmax,
+    store_tile,
+    tile_offsets,
+    valid_length,
+    visible_scores,
+    visited_blocks,
+)
+
+
+@triton.jit
+def _entropy_sums(
+    row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum, closes,
+    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Update T of rows and blocks; ``mass`` is l before this step, ``open_mass`` the part of it
+    that belongs to a block whose keys are not all seen yet."""
+    if ROW_ENTROPY or BLOCK_ENTROPY:
+        # The first step has no past: 0 instead of -inf * 0.
+        shift = tl.where(mass > 0.0, shift, 0.0)
+    if ROW_ENTROPY:
+        if MASKED:
+            term = tl.where(p > 0.0, p * exponents, 0.0)
+        else:
+            term = p * exponents
+        row_sum = alpha * (row_sum + shift * mass) + tl.sum(term, 1)
+    if BLOCK_ENTROPY:
+        block_sum = alpha * (block_sum + shift * (mass - open_mass))
+        open_mass = open_mass * alpha + p_sum
+        closed = tl.where(closes, open_mass, 0.0)
+        block_sum += closed * tl.log2(tl.where(closed > 0.0, closed, 1.0))
+        open_mass = tl.where(closes, 0.0, open_mass)
+    return row_sum, block_sum, open_mass
+
+
+@triton.jit
+def _visit_blocks(
+    acc, mass, maximum, row_sum, block_sum, query, positions,
+    key_base, value_base, stride_kn, stride_kd, stride_vn, stride_vd,
+    list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the blocks in slots [first, last) of the list into the running softmax."""
+    GATHER: tl.constexpr = BLOCK_N > BLOCK_K  # several small blocks make one step
+    SLOTS: tl.constexpr = BLOCK_N // BLOCK_K if GATHER else 1
+    STEPS: tl.constexpr = 1 if GATHER else BLOCK_K // BLOCK_N  # or one large block makes several
+    lane = tl.arange(0, BLOCK_N)
+    if not GATHER:
+        key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
+        value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
+        next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
+    open_mass = tl.zeros_like(mass)
+    for step in range(first * STEPS, last * STEPS, SLOTS):
+        if GATHER:
+            keys = gathered_keys(list_pointer, step, last, kv_len, LISTED, BLOCK_K, BLOCK_N)
+            key_pointers = key_base + tile_offsets(keys, stride_kn, BLOCK_D, stride_kd)
+            value_pointers = value_base + tile_offsets(keys, stride_vn, BLOCK_D, stride_vd)
+        else:
+            start = next_start + (step % STEPS) * BLOCK_N
+            keys = start + lane
+            key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
+            value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
+            # The next block's index is fetched one step ahead of the loads that depend on it.
+            next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
+        key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+        if MASKED:
+            scores = visible_scores(
+                scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW
+            )
+        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum, MASKED)
+        p = tl.exp2(exponents)  # (M, N)
+        alpha = tl.exp2(shift)  # (M,)
+        p_sum = tl.sum(p, 1)
+        row_sum, block_sum, open_mass = _entropy_sums(
+            row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum,
+            (step + 1) % STEPS == 0, ROW_ENTROPY, BLOCK_ENTROPY, MASKED,
+        )  # fmt: skip
+        mass = mass * alpha + p_sum
+        value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)  # (M, D)
+    return acc, mass, maximum, row_sum, block_sum
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, row_ptr, block_ptr,
+    counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+    query_strides, key_strides, value_strides, out_strides, count_strides, index_strides,
+    heads, group, q_len, kv_len, q_tiles, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    # Causal: the last tiles have the most work, they start first.
+    tile = program % q_tiles
+    if IS_CAUSAL:
+        tile = q_tiles - 1 - tile
+    batch_head = program // q_tiles
+    batch = batch_head // heads
+    head = batch_head % heads
+
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    positions = rows + (kv_end - q_end)  # (M,)
+    first_position = tile * BLOCK_M + (kv_end - q_end)
+    last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, q_end) - 1 + (kv_end - q_end)
+
+    list_pointer, count = list_base(
+        counts_ptr, indices_ptr, batch, head, tile * BLOCK_M // BLOCK_Q,
+        count_strides, index_strides, LISTED,
+    )  # fmt: skip
+    first, full, last = visited_blocks(
+        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
+        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+    )  # fmt: skip
+    if HAS_Q_LENS:
+        if tile * BLOCK_M >= q_end:
+            last = first
+            full = first
+    if BLOCK_N > BLOCK_K:
+        # A step takes whole groups of blocks; what is left over joins the masked phase.
+        full = first + (full - first) // (BLOCK_N // BLOCK_K) * (BLOCK_N // BLOCK_K)
+
+    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
+    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
+    value_base = head_base(value_ptr, batch, head // group, value_strides[0], value_strides[1])
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    block_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc, mass, maximum, row_sum, block_sum = _visit_blocks(
+        acc, mass, maximum, row_sum, block_sum, query, positions,
+        key_base, value_base, key_strides[2], key_strides[3], value_strides[2], value_strides[3],
+        list_pointer, first, full, count, kv_end, kv_len, window, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
+        ROW_ENTROPY, BLOCK_ENTROPY, False, PRECISION,
+    )  # fmt: skip
+    if IS_CAUSAL or HAS_WINDOW or MAY_CUT or BLOCK_N > BLOCK_K:
+        acc, mass, maximum, row_sum, block_sum = _visit_blocks(
+            acc, mass, maximum, row_sum, block_sum, query, positions,
+            key_base, value_base, key_strides[2], key_strides[3],
+            value_strides[2], value_strides[3],
+            list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
+            ROW_ENTROPY, BLOCK_ENTROPY, True, PRECISION,
+        )  # fmt: skip
+
+    # A row without a key, or past its batch row's length: 0 and -inf.
+    alive = (mass > 0.0) & (rows < q_end)
+    safe_mass = tl.where(alive, mass, 1.0)
+    acc = tl.where(alive[:, None], acc / safe_mass[:, None], 0.0)
+    out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
+    out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
+    store_tile(out_pointers, acc, rows, q_len, HEAD_DIM, BLOCK_D)
+
+    log_mass = tl.log2(safe_mass)
+    statistics = batch_head.to(tl.int64) * q_len + rows
+    lse = tl.where(alive, (maximum + log_mass) * LN_2, float("-inf"))
+    tl.store(lse_ptr + statistics, lse, mask=rows < q_len)
+    if ROW_ENTROPY:
+        row_entropy = tl.where(alive, (log_mass - row_sum / safe_mass) * LN_2, 0.0)
+        tl.store(row_ptr + statistics, tl.maximum(row_entropy, 0.0), mask=rows < q_len)
+    if BLOCK_ENTROPY:
+        block_entropy = tl.where(alive, (log_mass - block_sum / safe_mass) * LN_2, 0.0)
+        tl.store(block_ptr + statistics, tl.maximum(block_entropy, 0.0), mask=rows < q_len)
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Tile sizes of the forward kernel.
+
+    Attributes:
+        block_m: queries a program; divides block_q.
+        block_n: keys a step; divides block_k or is a multiple of it.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(
+    arch: str,
+    head_dim: int,
+    itemsize: int,
+    block_size: tuple[int, int],
+    entropy: bool = False,
+) -> ForwardConfig:
+    """The measured default (docs/kernels.md); entropy wants whole blocks as steps."""
+    block_d = padded_head_dim(head_dim)
+    block_m = min(block_size[0], 128)
+    block_n = 128 if block_d <= 128 else 64
+    if itemsize == 4:
+        block_m, block_n = min(block_m, 64), 32
+    elif block_d > 128:
+        block_m = min(block_m, 64)
+    if arch != "sm90":  # less shared memory a program
+        block_n = min(block_n, 64)
+    if entropy:
+        block_n = min(block_n, block_size[1])
+    return ForwardConfig(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=2 if block_d >= 128 else 3,
+    )
+
+
+def block_sparse_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    row_entropy: bool,
+    block_entropy: bool,
+    config: ForwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernel; shapes as in `entropy_attn.block_sparse_attention`.
+
+    Returns:
+        out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, row and block entropy, each like lse or empty.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    row = torch.empty_like(lse) if row_entropy else lse.new_empty(0)
+    block = torch.empty_like(lse) if block_entropy else lse.new_empty(0)
+    if out.numel() == 0:
+        return out, lse, row, block
+    if kv_len == 0:
+        return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
+
+    config = config or forward_config(
+        architecture(query.device),
+        head_dim,
+        query.element_size(),
+        block_size,
+        entropy=row_entropy or block_entropy,
+    )
+    q_tiles = triton.cdiv(q_len, config.block_m)
+    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    with device_of(query):
+        _forward_kernel[(q_tiles * batch * heads,)](
+            query, key, value, out, lse, row, block,
+            counts, indices, kv_lens, q_lens,
+            query.stride(), key.stride(), value.stride(), out.stride(),
+            *list_strides(counts, indices),
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, window, scale * LOG2_E,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
+            MAY_CUT=kv_lens is not None or kv_len % max(block_size[1], config.block_n) != 0,
+            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+            ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
+            PRECISION=dot_precision(query.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse, row, block

@@ -1,0 +1,205 @@
+"""Jit helpers shared by the kernels: addressing, which blocks a tile visits, online softmax.
+
+Notation: M rows of queries and N keys a tile, D head_dim. Scores live in base 2: a score s is
+handled as s * scale * log2(e), because exp2 is one instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@triton.jit
+def head_base(pointer, batch, head, stride_batch, stride_head):
+    """Address of one head; int64, since batch * stride passes 2^31 on large tensors."""
+    return pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+
+
+@triton.jit
+def tile_offsets(rows, stride_row, BLOCK_D: tl.constexpr, stride_dim):
+    """(rows, D) offsets inside one head, int64."""
+    dims = tl.arange(0, BLOCK_D)
+    return rows.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
+
+
+@triton.jit
+def load_tile(
+    pointers, rows, row_end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr
+):
+    """(rows, BLOCK_D) tile; 0 past the last row and past HEAD_DIM."""
+    dims = tl.arange(0, BLOCK_D)
+    if MASK_ROWS and HEAD_DIM != BLOCK_D:
+        mask = (rows < row_end)[:, None] & (dims < HEAD_DIM)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=(rows < row_end)[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(pointers, tile, rows, row_end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the rows before ``row_end`` of a (rows, BLOCK_D) tile."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = (rows < row_end)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def valid_length(lens_pointer, batch, default, HAS_LENS: tl.constexpr):
+    """Valid tokens of a batch row, never more than there are."""
+    if HAS_LENS:
+        length = tl.minimum(tl.load(lens_pointer + batch), default)
+    else:
+        length = default
+    return length
+
+
+@triton.jit
+def list_base(
+    counts, indices, batch, head, tile, count_strides, index_strides, LISTED: tl.constexpr
+):
+    """Address of a tile's block list, and its length."""
+    if LISTED:
+        count_offset = batch * count_strides[0] + head * count_strides[1] + tile * count_strides[2]
+        pointer = (
+            head_base(indices, batch, head, index_strides[0], index_strides[1])
+            + tile.to(tl.int64) * index_strides[2]
+        )
+        count = tl.load(counts + count_offset)
+    else:
+        pointer = indices
+        count = 0
+    return pointer, count
+
+
+@triton.jit
+def count_below(pointer, count, limit, LISTED: tl.constexpr, CHUNK: tl.constexpr = 128):
+    """How many entries of an ascending list are < limit. Not listed: every block is an entry."""
+    if LISTED:
+        below = 0
+        for start in range(0, count, CHUNK):
+            slots = start + tl.arange(0, CHUNK)
+            entries = tl.load(pointer + slots, mask=slots < count, other=2147483647)
+            below += tl.sum((entries < limit).to(tl.int32), 0)
+    else:
+        below = tl.maximum(limit, 0)
+    return below
+
+
+@triton.jit
+def visited_blocks(
+    pointer,
+    count,
+    first_position,
+    last_position,
+    kv_end,
+    kv_len,
+    window,
+    BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    LISTED: tl.constexpr,
+    MAY_CUT: tl.constexpr,
+):
+    """Split a tile's ascending block list into [first, full) without and [full, last) with masks.
+
+    Args:
+        first_position, last_position: where the tile's first and last query stand among the keys.
+        kv_end: valid keys. MAY_CUT: kv_end may cut a listed block.
+
+    Entries before ``first`` lie outside the window, entries from ``last`` on after the diagonal
+    or the last valid key. With a window every visited block is masked: [first, first) is full.
+    """
+    if LISTED:
+        total = count
+    else:
+        total = tl.cdiv(kv_len, BLOCK_K)
+    first = 0
+    last = total
+    full = total
+    if MAY_CUT:
+        last = tl.minimum(last, count_below(pointer, count, tl.cdiv(kv_end, BLOCK_K), LISTED))
+        full = tl.minimum(last, count_below(pointer, count, kv_end // BLOCK_K, LISTED))
+    if IS_CAUSAL:
+        # Floor division of a negative number rounds to zero in Triton, hence the maximum.
+        reach = tl.maximum(last_position + BLOCK_K, 0) // BLOCK_K
+        last = tl.minimum(last, count_below(pointer, count, reach, LISTED))
+        clear = tl.maximum(first_position + 1, 0) // BLOCK_K
+        full = tl.minimum(full, count_below(pointer, count, clear, LISTED))
+    if HAS_WINDOW:
+        out_of_reach = tl.maximum(first_position - window + 1, 0) // BLOCK_K
+        first = tl.minimum(last, count_below(pointer, count, out_of_reach, LISTED))
+        full = first
+    return first, full, last
+
+
+@triton.jit
+def block_start(pointer, slot, count, LISTED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """First key of the block in a slot of the list; the last slot's past the end."""
+    if LISTED:
+        start = tl.load(pointer + tl.minimum(slot, count - 1)) * BLOCK_K
+    else:
+        start = slot * BLOCK_K
+    return start
+
+
+@triton.jit
+def gathered_keys(
+    pointer, slot, count, kv_len, LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(BLOCK_N,) keys of the blocks in consecutive slots; kv_len for slots past the end."""
+    lane = tl.arange(0, BLOCK_N)
+    slots = slot + lane // BLOCK_K
+    if LISTED:
+        blocks = tl.load(pointer + slots, mask=slots < count, other=0)
+    else:
+        blocks = slots
+    return tl.where(slots < count, blocks * BLOCK_K + lane % BLOCK_K, kv_len)
+
+
+@triton.jit
+def visible_scores(
+    scores,
+    positions,
+    keys,
+    kv_end,
+    window,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """(M, N) scores with -inf where the query at a position must not see the key."""
+    visible = (keys < kv_end)[None, :]
+    if IS_CAUSAL:
+        visible = visible & (keys[None, :] <= positions[:, None])
+    if HAS_WINDOW:
+        visible = visible & (positions[:, None] - keys[None, :] < window)
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def online_softmax(scores, scale_log2, maximum, MASKED: tl.constexpr):
+    """One step of the online softmax.
+
+    Args:
+        scores: (M, N) raw scores; maximum: (M,) running maximum in base 2, -inf at first.
+
+    Returns:
+        exponents (M, N) in base 2, relative to the new maximum; the new maximum (M,); shift (M,),
+        by how much the maximum fell relative to the new one (<= 0, -inf at first).
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+    if MASKED:
+        # A row that has seen no key yet: -inf - -inf would be NaN.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    else:
+        reference = new_maximum
+    exponents = scores * scale_log2 - reference[:, None]
+    return exponents, new_maximum, maximum - reference
