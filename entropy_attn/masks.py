@@ -54,3 +54,15 @@ class BlockMask:
         slot = torch.arange(self.kv_indices.shape[-1], device=dense.device)
         idx = torch.where(slot < self.kv_num_blocks[..., None], self.kv_indices.long(), mk)
         return dense.scatter_(-1, idx, True)[..., :mk]
+
+
+def column_lists(kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int):
+    """Temporary."""
+    B, H, Mq, W = kv_indices.shape
+    slot = torch.arange(W, device=kv_indices.device)
+    col = torch.where(slot < kv_num_blocks[..., None], kv_indices, num_columns).reshape(B, H, -1)
+    order = torch.argsort(col, dim=-1, stable=True)
+    rows = (order // max(W, 1)).to(torch.int32)
+    hist = torch.zeros(B, H, num_columns + 2, dtype=torch.int32, device=col.device)
+    hist.scatter_add_(-1, col.long() + 1, torch.ones_like(col, dtype=torch.int32))
+    return hist.cumsum(-1).to(torch.int32)[..., :-1].contiguous(), rows

@@ -62,6 +62,6 @@ def adjacent_lists(
     counts: Tensor | None, indices: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Block lists whose entries are adjacent in memory, as the kernels read them."""
-    if indices is not None and indices.stride(-1) != 1:
+    if indices is not None and indices.shape[-1] > 1 and indices.stride(-1) != 1:
         indices = indices.contiguous()
     return counts, indices

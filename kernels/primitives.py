@@ -143,9 +143,9 @@ def visited_blocks(
 
 @triton.jit
 def block_start(pointer, slot, count, LISTED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """First key of the block in a slot of the list; the last slot's past the end."""
+    """First token of the block in a slot of the list; 0 for slots past the end."""
     if LISTED:
-        start = tl.load(pointer + tl.minimum(slot, count - 1)) * BLOCK_K
+        start = tl.load(pointer + slot, mask=slot < count, other=0) * BLOCK_K
     else:
         start = slot * BLOCK_K
     return start

@@ -169,6 +169,7 @@ def attention_backward(
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
+    delta = delta.masked_fill(lse == float("-inf"), 0.0)
     batch_index = torch.arange(batch, device=query.device)[:, None, None]
     kv_head = (torch.arange(heads, device=query.device) // (heads // kv_heads))[None, :, None]
     for tile in tiles(query, key, value, problem):

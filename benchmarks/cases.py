@@ -1,0 +1,128 @@
+"""What the kernel suites run on: one attention problem with its tensors, mask and work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_attn.masks import BlockMask
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Self-attention of ``batch`` x ``heads`` sequences of ``length`` tokens.
+
+    Attributes:
+        density: share of the visible blocks that the mask keeps; 1 is dense attention.
+        block: edge of the square blocks, in tokens.
+        irregular: each query block keeps its own number of blocks, uniform around the mean.
+        direction: "forward" or "backward".
+    """
+
+    head_dim: int
+    length: int
+    density: float = 1.0
+    block: int = 128
+    batch: int = 2
+    heads: int = 16
+    dtype: str = "bfloat16"
+    is_causal: bool = False
+    irregular: bool = False
+    direction: str = "forward"
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.length // self.block)
+
+    def __str__(self) -> str:
+        words = [f"D={self.head_dim}", f"N={self.length}"]
+        if self.density < 1:
+            words.append(f"density {self.density:g}, blocks of {self.block}")
+        else:
+            words.append("dense")
+        words += [name for name in ("is_causal", "irregular") if getattr(self, name)]
+        return f"{self.direction} {' '.join(words)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a case: query, key, value and grad_out (B, H, N, D) and the block mask."""
+
+    case: AttentionCase
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    mask: BlockMask
+    kept: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    def flops(self, *, sparse: bool) -> float:
+        """Floating-point operations on visited tiles: of the kept tiles, or of all visible ones.
+
+        A visited tile counts in full. The forward multiplies two matrices per tile, the backward
+        five.
+        """
+        case = self.case
+        visible = _visible_blocks(case.num_blocks, case.is_causal, self.device)
+        tiles = self.kept.sum() if sparse else visible.sum() * case.batch * case.heads
+        products = 2 if case.direction == "forward" else 5
+        return products * 2.0 * case.head_dim * case.block**2 * tiles.item()
+
+
+def make_inputs(case: AttentionCase, device: torch.device | str, seed: int) -> Inputs:
+    """Random inputs, reproducible per seed; requires_grad follows the case's direction."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shape = (case.batch, case.heads, case.length, case.head_dim)
+
+    def normal() -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device)
+        return values.to(getattr(torch, case.dtype))
+
+    query, key, value, grad_out = (normal() for _ in range(4))
+    for tensor in (query, key, value):
+        tensor.requires_grad_(case.direction == "backward")
+    kept = random_blocks(case, generator, device)
+    if case.density == 1:
+        mask = BlockMask.full(
+            case.batch, case.heads, case.length, case.length, case.block, device=device
+        )
+    else:
+        mask = BlockMask.from_dense(kept, (case.block, case.block), case.length, case.length)
+    return Inputs(case, query, key, value, grad_out, mask, kept)
+
+
+def random_blocks(
+    case: AttentionCase, generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """(B, H, M, M) bool: the kept blocks, all visible; at least one in every row.
+
+    Every row keeps the share ``density`` of its visible blocks, chosen uniformly, the diagonal
+    one first in the causal case; irregular rows draw their own share between 0 and 2 x density.
+    """
+    count = case.num_blocks
+    shape = (case.batch, case.heads, count, count)
+    visible = _visible_blocks(count, case.is_causal, device)
+    score = torch.rand(shape, generator=generator, device=device).masked_fill(~visible, 2.0)
+    if case.is_causal:
+        score.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    share = torch.full(shape[:3], case.density, device=device)
+    if case.irregular:
+        share *= 2 * torch.rand(shape[:3], generator=generator, device=device)
+    wanted = (share * visible.sum(-1)).round().clamp(min=1)
+    rank = score.argsort(-1).argsort(-1)
+    return (rank < wanted[..., None]) & visible
+
+
+def _visible_blocks(count: int, is_causal: bool, device: torch.device | str) -> Tensor:
+    blocks = torch.ones(count, count, dtype=torch.bool, device=device)
+    return blocks.tril() if is_causal else blocks

@@ -1,0 +1,86 @@
+"""Real running prose without a network: the language reference that ships inside Python.
+
+`pydoc_data.topics` holds what ``help()`` prints. Headings, grammar, code and tables are dropped
+and each paragraph is used once (topics repeat each other), so what is left reads as a text. It is
+split by topic into a development part, on which ideas may be tuned, and a held-out part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*]*)\1(?![\w*])")
+_CODE_SIGNS = re.compile(r"::=|>>>|\.\.\. |==|\+-|->|\(\)\s*$|^[\w.]+\(.*\)$")
+_SHORTEST_PARAGRAPH = 80  # characters; shorter ones are headings and table cells
+_PLAIN_SHARE = 0.93  # of a paragraph's characters that are letters, spaces or punctuation
+
+
+@dataclass(frozen=True)
+class Prose:
+    """A text with a name that says where it comes from."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """Identifies the text in records: other Python versions ship other texts."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+
+@cache
+def prose(part: str) -> Prose:
+    """The "development" or the "held-out" part; no paragraph is in both."""
+    parts = _parts()
+    if part not in parts:
+        raise ValueError(f"part must be one of {tuple(parts)}, got {part!r}")
+    return Prose(f"pydoc_data.topics, {part} half", parts[part])
+
+
+def prose_from_file(path: Path) -> Prose:
+    """A text file of the user's."""
+    return Prose(path.name, path.read_text(encoding="utf-8"))
+
+
+def paragraphs(document: str) -> list[str]:
+    """The paragraphs of running prose in a plain-text document, each on one line."""
+    found = []
+    for chunk in re.split(r"\n\s*\n", document):
+        lines = [line.rstrip() for line in chunk.splitlines()]
+        indents = {len(line) - len(line.lstrip()) for line in lines}
+        # Bulleted text indents its later lines; any other change of indentation is layout.
+        if len(indents) > 1 and not lines[0].lstrip().startswith("* "):
+            continue
+        paragraph = " ".join(line.strip() for line in lines).removeprefix("* ")
+        if _is_prose(paragraph):
+            found.append(_EMPHASIS.sub(r"\2", paragraph))
+    return found
+
+
+def _is_prose(paragraph: str) -> bool:
+    if len(paragraph) < _SHORTEST_PARAGRAPH or _CODE_SIGNS.search(paragraph):
+        return False
+    if paragraph[-1] not in ".:)" or "  " in paragraph.replace(".  ", ". "):
+        return False
+    plain = sum(c.isalpha() or c in " ,.;:'\"()-" for c in paragraph)
+    return plain >= _PLAIN_SHARE * len(paragraph)
+
+
+def _parts() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    # Whole topics go to the part that is shorter so far: equal halves, coherent passages.
+    parts: dict[str, list[str]] = {"development": [], "held-out": []}
+    length = dict.fromkeys(parts, 0)
+    seen: set[str] = set()
+    for topic in sorted(topics):
+        fresh = [p for p in dict.fromkeys(paragraphs(topics[topic])) if p not in seen]
+        seen.update(fresh)
+        part = min(parts, key=lambda name: length[name])
+        parts[part] += fresh
+        length[part] += sum(map(len, fresh))
+    return {part: "\n\n".join(found) for part, found in parts.items()}

@@ -1,0 +1,84 @@
+"""The suites by name, and what a suite gets and gives back.
+
+A suite is a module in `suites/` with a function ``run(context)`` that yields `Row`s. Adding one
+is adding its module and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a suite runs with.
+
+    Attributes:
+        device: where the tensors go.
+        quick: finish within a minute.
+        out: folder for files beside the records.
+        progress: called with a short text before each step.
+    """
+
+    device: torch.device
+    quick: bool
+    out: Path
+    progress: Callable[[str], None] = field(default=lambda text: None)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def form(self) -> str:
+        """Which form of a suite runs: "full" on a GPU, "quick", or "small" on a CPU."""
+        if not self.on_gpu:
+            return "small"
+        return "quick" if self.quick else "full"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of a suite, to be stored and shown.
+
+    Attributes:
+        config: what was measured, the key of the record.
+        result: what came out; "status" is "ok" if all is well.
+        text: for the terminal, one line.
+        is_ours: whether a bad status is a fault of this package.
+    """
+
+    config: dict[str, Any]
+    result: dict[str, Any]
+    text: str
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite of measurements."""
+
+    name: str
+    summary: str
+
+    def run(self, context: Context) -> Iterator[Row]:
+        module = import_module(f"entropy_attn.benchmarks.suites.{self.name}")
+        yield from module.run(context)
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("attention", "speed of the kernels, forward and backward, against all baselines"),
+        Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
+        Suite("crossover", "where sparse attention with its selection beats the best dense one"),
+        Suite("quality", "perplexity of a real language model against density"),
+        Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
+    )
+}

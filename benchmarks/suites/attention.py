@@ -1,0 +1,72 @@
+"""Speed of attention kernels on fixed masks, forward and backward, against all baselines.
+
+The masks are given, not selected: this suite is about the kernels alone. Selection is timed in
+`select`, both together in `crossover`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.cases import AttentionCase
+from entropy_attn.benchmarks.contest import Outcome, contest
+from entropy_attn.benchmarks.registry import Context, Row
+
+# In sparse cases these stand for dense attention.
+DENSE_ANCHORS = ("SDPA flash", "SDPA cuDNN")
+
+
+def cases(form: str) -> list[AttentionCase]:
+    """The cases of a form ("full", "quick" or "small"), the most important ones first."""
+    if form == "small":
+        dense = AttentionCase(64, 512, block=64, batch=1, heads=2, dtype="float32")
+        sparse = replace(dense, density=0.25)
+        return [dense, sparse, replace(sparse, direction="backward")]
+    if form == "quick":
+        dense = AttentionCase(128, 4096)
+        sparse = replace(dense, density=0.25)
+        return [dense, sparse, replace(sparse, direction="backward")]
+
+    found = []
+    for head_dim, densities in ((128, (0.5, 0.25, 0.1)), (64, (0.5, 0.2, 0.1))):
+        found.append(AttentionCase(head_dim, 16384))
+        found += [AttentionCase(head_dim, 16384, d, block) for d in densities for block in (128, 64)]
+    for head_dim in (128, 64):
+        backward = AttentionCase(head_dim, 8192, direction="backward")
+        found += [backward, replace(backward, density=0.25)]
+    found += [AttentionCase(128, 16384, 0.25, block, irregular=True) for block in (128, 64)]
+    found += [AttentionCase(128, 16384, density, is_causal=True) for density in (1.0, 0.25)]
+    found += [
+        AttentionCase(head_dim, 8192, 0.25, block=64, direction="backward")
+        for head_dim in (128, 64)
+    ]
+    return found
+
+
+def contestants(case: AttentionCase) -> list[str]:
+    """Who takes part: in sparse cases all that take block lists, and the dense anchors."""
+    if case.density < 1:
+        return [name for name, c in CONTESTANTS.items() if c.sparse or name in DENSE_ANCHORS]
+    ours = [OURS, OURS_WITH_ENTROPY]
+    return ours + [name for name, c in CONTESTANTS.items() if not c.sparse]
+
+
+def run(context: Context) -> Iterator[Row]:
+    seconds = 1.0 if context.form == "full" else 0.3
+    for case in cases(context.form):
+        context.progress(str(case))
+        for outcome in contest(case, contestants(case), context.device, seconds=seconds):
+            config = {"form": context.form, **case.config(), "contestant": outcome.contestant.name}
+            yield Row(config, outcome.result, _text(case, outcome), outcome.is_ours)
+
+
+def _text(case: AttentionCase, outcome: Outcome) -> str:
+    result = outcome.result
+    if result["status"] != "ok":
+        return f"{case} | {outcome.contestant.name}: {result['status']}: {result['reason']}"
+    return (
+        f"{case} | {outcome.contestant.name}: {result['median_ms']:.3f} ms, "
+        f"{result['tflops']:.4g} TFLOP/s"
+    )

@@ -1,0 +1,184 @@
+"""Cost of choosing blocks: selection and mask building as a share of the attention they serve.
+
+``select`` is the whole of `ea.select_blocks`, ``score`` and ``keep`` are its two steps (predicting
+the mass of every tile, turning it into block lists). The share is of the time of sparse attention
+at a density of 0.2 in the same interleaved run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import entropy_attn as ea
+from entropy_attn.benchmarks.baselines import our_backend
+from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
+from entropy_attn.benchmarks.environment import sm_clock_mhz
+from entropy_attn.benchmarks.registry import Context, Row
+from entropy_attn.benchmarks.timing import measure
+from entropy_attn.selection import keep_blocks
+from entropy_attn.testing import assert_close_to_reference
+
+DENSITY = 0.2
+INPUT_SETS = 3
+ATTENTION = "attention"
+SCORERS = (ea.Pooled(8), ea.Antidiagonal(8), ea.Antidiagonal(16))
+BUDGETS = (ea.TopK(DENSITY), ea.TopP(0.95), ea.Perplexity(1.0))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is timed: kind "select", "score" or "keep", of a scorer and a budget."""
+
+    kind: str
+    scorer: Callable[..., Tensor] | None = None
+    budget: object | None = None
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *(str(x) for x in (self.scorer, self.budget) if x)])
+
+
+def cases(form: str) -> list[AttentionCase]:
+    if form == "small":
+        return [AttentionCase(64, 1024, DENSITY, 64, batch=1, heads=2, dtype="float32")]
+    sizes = [(128, 64), (128, 128), (64, 64), (64, 128)] if form == "full" else [(128, 64)]
+    return [
+        AttentionCase(head_dim, 16384, DENSITY, block, is_causal=is_causal)
+        for head_dim, block in sizes
+        for is_causal in (False, True)
+    ]
+
+
+def run(context: Context) -> Iterator[Row]:
+    for case in cases(context.form):
+        yield from _run_case(context, case)
+
+
+def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
+    context.progress(f"selection for {case}")
+    sets = [make_inputs(case, context.device, seed) for seed in range(INPUT_SETS)]
+    calls: dict[Step, list[Callable[[], object]]] = {}
+    wrong: dict[object, str] = {}
+    for scorer in SCORERS:
+        problem = _wrong_scores(scorer, sets[0])
+        if problem:
+            wrong[scorer] = problem
+            continue
+        masses = [_score(scorer, inputs) for inputs in sets]
+        calls[Step("score", scorer)] = [_bind(_score, scorer, inputs) for inputs in sets]
+        for budget in BUDGETS:
+            if scorer == SCORERS[0]:
+                calls[Step("keep", None, budget)] = [
+                    _bind(_keep, mass, budget, case) for mass in masses
+                ]
+            calls[Step("select", scorer, budget)] = [
+                _bind(_select, scorer, budget, inputs) for inputs in sets
+            ]
+    attention = Step(ATTENTION)
+    calls[attention] = [_attention(inputs) for inputs in sets]
+
+    seconds = 1.0 if context.form == "full" else 0.3
+    names = {str(step): step for step in calls}
+    timings = measure(
+        {str(step): c for step, c in calls.items()}, seconds=seconds, device=context.device
+    )
+    attention_ms = timings[str(attention)].median_ms
+    shared = {"attention_ms": attention_ms, "sm_clock_mhz": sm_clock_mhz()}
+    shared["backend"] = our_backend(context.device)
+    for name, step in names.items():
+        timing = timings[name]
+        result = {"status": "ok", **timing.as_dict(), **shared}
+        text = f"{case} | {name}: {timing.median_ms:.3f} ms"
+        if step.kind != ATTENTION:
+            result["share"] = timing.median_ms / attention_ms
+            text += f", {result['share']:.1%} of the attention"
+        if step.kind == "select":
+            mask = _select(step.scorer, step.budget, sets[0])
+            result["density"] = float(mask.density(is_causal=case.is_causal))
+        yield Row(_config(context, case, step), result, text, is_ours=True)
+    for scorer, reason in wrong.items():
+        step = Step("score", scorer)
+        result = {"status": "wrong", "reason": reason}
+        yield Row(_config(context, case, step), result, f"{case} | {step}: wrong: {reason}", True)
+
+
+def _config(context: Context, case: AttentionCase, step: Step) -> dict:
+    return {
+        "form": context.form,
+        **case.config(),
+        "kind": step.kind,
+        "scorer": str(step.scorer) if step.scorer else None,
+        "budget": str(step.budget) if step.budget else None,
+    }
+
+
+def _bind(function: Callable, *args: object) -> Callable[[], object]:
+    return lambda: function(*args)
+
+
+def _score(scorer, inputs: Inputs, query: Tensor | None = None, backend: str | None = None):
+    case = inputs.case
+    query = inputs.query if query is None else query
+    return scorer(
+        query,
+        inputs.key.to(query.dtype),
+        block_size=(case.block, case.block),
+        is_causal=case.is_causal,
+        scale=case.head_dim**-0.5,
+        kv_lens=None,
+        q_lens=None,
+        window=None,
+        backend=backend or our_backend(inputs.device),
+    )
+
+
+def _keep(mass: Tensor, budget, case: AttentionCase):
+    return keep_blocks(
+        mass,
+        budget,
+        block_size=(case.block, case.block),
+        q_len=case.length,
+        kv_len=case.length,
+        is_causal=case.is_causal,
+        sink=1,
+        local=2,
+        backend=our_backend(mass.device),
+    )
+
+
+def _select(scorer, budget, inputs: Inputs):
+    return ea.select_blocks(
+        inputs.query,
+        inputs.key,
+        block_size=inputs.case.block,
+        scorer=scorer,
+        budget=budget,
+        is_causal=inputs.case.is_causal,
+        backend=our_backend(inputs.device),
+    )
+
+
+def _attention(inputs: Inputs) -> Callable[[], object]:
+    mask = _select(SCORERS[0], BUDGETS[0], inputs)
+    return lambda: ea.block_sparse_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        mask,
+        is_causal=inputs.case.is_causal,
+        backend=our_backend(inputs.device),
+    )
+
+
+def _wrong_scores(scorer, inputs: Inputs) -> str | None:
+    """Compare the kernel's scores with the plain PyTorch ones in the same and in fp64."""
+    exact = _score(scorer, inputs, inputs.query.double(), "reference")
+    plain = _score(scorer, inputs, backend="reference")
+    try:
+        assert_close_to_reference(_score(scorer, inputs), plain, exact, str(scorer))
+    except AssertionError as error:
+        return str(error)
+    return None

@@ -1,0 +1,143 @@
+"""The one timing helper: all contestants take turns, so that each meets the same machine.
+
+Clocks and temperature drift within seconds, so contestants that are timed one after the other
+are not comparable. Here every round calls each contestant once, starting with another one each
+round, on the next of several input sets, and medians are taken over the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+# Shorter GPU calls than this are timed with a cold L2 cache and a queue that never runs dry.
+SHORT_CALL_MS = 2.0
+# About 1 ms of waiting on the GPU, in which the host enqueues a whole short call.
+COVER_CYCLES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Statistics of one contestant over the rounds, in milliseconds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return cls(
+            median_ms=statistics.median(ordered),
+            p20_ms=ordered[round(0.2 * last)],
+            p80_ms=ordered[round(0.8 * last)],
+            rounds=len(ordered),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    contestants: Mapping[str, Sequence[Callable[[], object]]],
+    *,
+    seconds: float = 1.0,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+    device: torch.device | str | None = None,
+) -> dict[str, Timing]:
+    """Time every contestant in interleaved rounds.
+
+    Args:
+        contestants: by name, the call once for each input set; round r uses set r modulo their
+            number. All have the same number of sets.
+        seconds: about how long to measure, warm-up not counted.
+        min_rounds, max_rounds: bounds on the rounds that ``seconds`` gives.
+        device: "cuda" times on the GPU's own clock, others by wall clock; by default a GPU if
+            there is one.
+
+    Returns:
+        The timing of each contestant, by name.
+    """
+    sets = {len(calls) for calls in contestants.values()}
+    if len(sets) != 1 or 0 in sets:
+        raise ValueError(f"contestants need the same number of input sets, at least 1, got {sets}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock = _GpuClock() if torch.device(device).type == "cuda" else _WallClock()
+
+    # The first calls compile; the second ones of every set tell how long a call takes.
+    estimates = {}
+    for name, calls in contestants.items():
+        for call in calls:
+            call()
+        clock.time(name, calls[0])
+        estimates[name] = clock.collect()[name][0]
+    clock.choose_mode(min(estimates.values()))
+    rounds = int(seconds * 1e3 / max(sum(estimates.values()), 1e-6))
+    rounds = max(min_rounds, min(max_rounds, rounds))
+
+    names = list(contestants)
+    for turn in range(rounds):
+        for step in range(len(names)):
+            name = names[(turn + step) % len(names)]
+            calls = contestants[name]
+            clock.time(name, calls[turn % len(calls)])
+    return {name: Timing.of(samples) for name, samples in clock.collect().items()}
+
+
+class _WallClock:
+    """Times calls that have done their work when they return."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[float]] = {}
+
+    def choose_mode(self, shortest_ms: float) -> None:
+        pass
+
+    def time(self, name: str, call: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        call()
+        self._samples.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+
+    def collect(self) -> dict[str, list[float]]:
+        samples, self._samples = self._samples, {}
+        return samples
+
+
+class _GpuClock:
+    """Times calls with CUDA events; the host runs ahead and waits once, in `collect`."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        self._flush: torch.Tensor | None = None
+
+    def choose_mode(self, shortest_ms: float) -> None:
+        if shortest_ms < SHORT_CALL_MS:
+            cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.empty(4 * cache_bytes, dtype=torch.uint8, device="cuda")
+
+    def time(self, name: str, call: Callable[[], object]) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._flush is not None:
+            self._flush.zero_()
+            torch.cuda._sleep(COVER_CYCLES)
+        start.record()
+        call()
+        end.record()
+        self._events.setdefault(name, []).append((start, end))
+
+    def collect(self) -> dict[str, list[float]]:
+        torch.cuda.synchronize()
+        events, self._events = self._events, {}
+        return {
+            name: [start.elapsed_time(end) for start, end in pairs]
+            for name, pairs in events.items()
+        }

@@ -1,0 +1,452 @@
+"""Block-sparse attention, backward: no atomics, so the gradients are the same in every run.
+
+With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
+    dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P^T dO.
+(FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta because d lse_i / d S_ij = P_ij.)
+Three kernels: delta; dK and dV by one program a block of keys, which walks over the queries that
+list it (the transposed lists, CSR) in all query heads of its group; dQ by one program a block of
+queries. P is computed twice, and in return nothing is accumulated through memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import (
+    adjacent_lists,
+    architecture,
+    device_of,
+    dot_precision,
+    list_strides,
+    padded_head_dim,
+)
+from entropy_attn.kernels.primitives import (
+    LOG2_E,
+    block_start,
+    count_below,
+    head_base,
+    list_base,
+    load_tile,
+    store_tile,
+    tile_offsets,
+    valid_length,
+    visible_scores,
+    visited_blocks,
+)
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_out_strides, grad_lse_strides,
+    heads, q_len, q_tiles,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    batch_head = program // q_tiles
+    batch, head = batch_head // heads, batch_head % heads
+    rows = program % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
+    out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
+    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+    grad_pointers = grad_base + tile_offsets(
+        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
+    )
+    out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        grad_lse_base = head_base(
+            grad_lse_ptr, batch, head, grad_lse_strides[0], grad_lse_strides[1]
+        )
+        grad_lse_pointers = grad_lse_base + rows.to(tl.int64) * grad_lse_strides[2]
+        delta -= tl.load(grad_lse_pointers, mask=rows < q_len, other=0.0)
+    tl.store(delta_ptr + batch_head.to(tl.int64) * q_len + rows, delta, mask=rows < q_len)
+
+
+@triton.jit
+def _load_statistics(lse_ptr, delta_ptr, offset, rows, q_len):
+    """lse in base 2 and delta of some rows; +inf and 0 for rows without a key: P is 0 there."""
+    inside = rows < q_len
+    lse = tl.load(lse_ptr + offset + rows, mask=inside, other=float("-inf"))
+    delta = tl.load(delta_ptr + offset + rows, mask=inside, other=0.0)
+    empty = lse == float("-inf")
+    return tl.where(empty, float("inf"), lse * LOG2_E), tl.where(empty, 0.0, delta)
+
+
+@triton.jit
+def _visit_queries(
+    grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr, statistics,
+    stride_qn, stride_qd, stride_gn, stride_gd,
+    list_pointer, first, last, count, q_len, kv_end, diagonal, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the query blocks in slots [first, last) of a column's list to dK and dV."""
+    STEPS: tl.constexpr = BLOCK_Q // BLOCK_M
+    lane = tl.arange(0, BLOCK_M)
+    query_offsets = tile_offsets(lane, stride_qn, BLOCK_D, stride_qd)  # (M, D)
+    grad_offsets = tile_offsets(lane, stride_gn, BLOCK_D, stride_gd)  # (M, D)
+    next_start = block_start(list_pointer, first, count, LISTED, BLOCK_Q)
+    for step in range(first * STEPS, last * STEPS):
+        start = next_start + (step % STEPS) * BLOCK_M
+        rows = start + lane  # (M,)
+        query_pointers = query_base + start.to(tl.int64) * stride_qn + query_offsets
+        grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
+        next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_Q)
+        query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, statistics, rows, q_len)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
+        if MASKED:
+            visible = keys[:, None] <= rows[None, :] + diagonal
+            if HAS_WINDOW:
+                visible = visible & (rows[None, :] + diagonal - keys[:, None] < window)
+            scores = tl.where(visible, scores, float("-inf"))
+        p = tl.exp2(scores * scale_log2 - lse[None, :])  # (N, M)
+        grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+        grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        grad_p = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # (N, M)
+        grad_scores = p * (grad_p - delta[None, :])
+        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit
+def _key_value_kernel(
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
+    offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
+    query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
+    offset_strides, row_strides,
+    heads, kv_heads, q_len, kv_len, kv_tiles, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile = program % kv_tiles
+    batch = program // kv_tiles // kv_heads
+    kv_head = program // kv_tiles % kv_heads
+
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    diagonal = kv_end - q_end
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
+    key_base = head_base(key_ptr, batch, kv_head, key_strides[0], key_strides[1])
+    key_pointers = key_base + tile_offsets(keys, key_strides[2], BLOCK_D, key_strides[3])
+    key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, True)  # (N, D)
+    value_base = head_base(value_ptr, batch, kv_head, value_strides[0], value_strides[1])
+    value_pointers = value_base + tile_offsets(keys, value_strides[2], BLOCK_D, value_strides[3])
+    value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, True)  # (N, D)
+    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        if LISTED:
+            offset_base = head_base(
+                offsets_ptr, batch, head, offset_strides[0], offset_strides[1]
+            ) + tile * BLOCK_N // BLOCK_K
+            begin = tl.load(offset_base)
+            count = (tl.load(offset_base + 1) - begin).to(tl.int32)
+            list_pointer = head_base(rows_ptr, batch, head, row_strides[0], row_strides[1]) + begin
+        else:
+            count = tl.cdiv(q_len, BLOCK_Q)
+            list_pointer = rows_ptr
+        first = 0
+        last = count
+        clear = 0
+        if tile * BLOCK_N >= kv_end:
+            last = 0
+        if IS_CAUSAL:
+            # Blocks whose last query stands before the first key see nothing of the tile; those
+            # whose first query stands at or after the last key see all of it.
+            first = tl.maximum(tile * BLOCK_N - diagonal, 0) // BLOCK_Q
+            first = tl.minimum(last, count_below(list_pointer, count, first, LISTED))
+            clear = tl.cdiv(tl.maximum(tile * BLOCK_N + BLOCK_N - 1 - diagonal, 0), BLOCK_Q)
+            clear = tl.minimum(last, count_below(list_pointer, count, clear, LISTED))
+        if HAS_WINDOW:
+            reach = tl.maximum(tile * BLOCK_N + BLOCK_N - 1 + window - diagonal, 0)
+            reach = tl.cdiv(reach, BLOCK_Q)
+            last = tl.minimum(last, count_below(list_pointer, count, reach, LISTED))
+            clear = last
+        clear = tl.maximum(clear, first)
+
+        query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+        grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+        statistics = (batch * heads + head).to(tl.int64) * q_len
+        if IS_CAUSAL:
+            grad_key, grad_value = _visit_queries(
+                grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr,
+                statistics, query_strides[2], query_strides[3], grad_out_strides[2],
+                grad_out_strides[3], list_pointer, first, clear, count, q_len, kv_end, diagonal,
+                window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M, IS_CAUSAL,
+                HAS_WINDOW, LISTED, True, PRECISION,
+            )  # fmt: skip
+        if not HAS_WINDOW:
+            grad_key, grad_value = _visit_queries(
+                grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr,
+                statistics, query_strides[2], query_strides[3], grad_out_strides[2],
+                grad_out_strides[3], list_pointer, clear, last, count, q_len, kv_end, diagonal,
+                window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M, IS_CAUSAL,
+                HAS_WINDOW, LISTED, False, PRECISION,
+            )  # fmt: skip
+
+    # Padding keys were treated like the others up to here; their gradient is 0.
+    valid = (keys < kv_end)[:, None]
+    grad_offsets = tile_offsets(keys, grad_key_strides[2], BLOCK_D, grad_key_strides[3])
+    grad_key_base = head_base(
+        grad_key_ptr, batch, kv_head, grad_key_strides[0], grad_key_strides[1]
+    )
+    grad_value_base = head_base(
+        grad_value_ptr, batch, kv_head, grad_key_strides[0], grad_key_strides[1]
+    )
+    grad_key = tl.where(valid, grad_key * scale, 0.0)
+    store_tile(grad_key_base + grad_offsets, grad_key, keys, kv_len, HEAD_DIM, BLOCK_D)
+    grad_value = tl.where(valid, grad_value, 0.0)
+    store_tile(grad_value_base + grad_offsets, grad_value, keys, kv_len, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _visit_keys(
+    grad_query, query, grad, lse, delta, positions, key_base, value_base,
+    stride_kn, stride_kd, stride_vn, stride_vd,
+    list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the key blocks in slots [first, last) of a row's list to dQ."""
+    STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
+    value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
+    next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
+    for step in range(first * STEPS, last * STEPS):
+        start = next_start + (step % STEPS) * BLOCK_N
+        keys = start + lane  # (N,)
+        key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
+        value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
+        next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
+        key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+        if MASKED:
+            scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
+        p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
+        value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        grad_p = tl.dot(grad, tl.trans(value), input_precision=PRECISION)  # (M, N)
+        grad_scores = p * (grad_p - delta[:, None])
+        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    return grad_query
+
+
+@triton.jit
+def _query_kernel(
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+    query_strides, key_strides, value_strides, grad_out_strides, grad_query_strides,
+    count_strides, index_strides,
+    heads, group, q_len, kv_len, q_tiles, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile = program % q_tiles
+    if IS_CAUSAL:
+        tile = q_tiles - 1 - tile
+    batch_head = program // q_tiles
+    batch = batch_head // heads
+    head = batch_head % heads
+
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    positions = rows + (kv_end - q_end)
+    first_position = tile * BLOCK_M + (kv_end - q_end)
+    last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, q_end) - 1 + (kv_end - q_end)
+    list_pointer, count = list_base(
+        counts_ptr, indices_ptr, batch, head, tile * BLOCK_M // BLOCK_Q,
+        count_strides, index_strides, LISTED,
+    )  # fmt: skip
+    first, full, last = visited_blocks(
+        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
+        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+    )  # fmt: skip
+    if HAS_Q_LENS:
+        if tile * BLOCK_M >= q_end:
+            last = first
+            full = first
+
+    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
+    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+    grad_pointers = grad_base + tile_offsets(
+        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
+    )
+    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    statistics = batch_head.to(tl.int64) * q_len
+    lse, delta = _load_statistics(lse_ptr, delta_ptr, statistics, rows, q_len)
+    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
+    value_base = head_base(value_ptr, batch, head // group, value_strides[0], value_strides[1])
+
+    grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    grad_query = _visit_keys(
+        grad_query, query, grad, lse, delta, positions, key_base, value_base,
+        key_strides[2], key_strides[3], value_strides[2], value_strides[3],
+        list_pointer, first, full, count, kv_end, kv_len, window, scale * LOG2_E,
+        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, False, PRECISION,
+    )  # fmt: skip
+    if IS_CAUSAL or HAS_WINDOW or MAY_CUT:
+        grad_query = _visit_keys(
+            grad_query, query, grad, lse, delta, positions, key_base, value_base,
+            key_strides[2], key_strides[3], value_strides[2], value_strides[3],
+            list_pointer, full, last, count, kv_end, kv_len, window, scale * LOG2_E,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
+        )  # fmt: skip
+    grad_query_base = head_base(
+        grad_query_ptr, batch, head, grad_query_strides[0], grad_query_strides[1]
+    )
+    grad_query_pointers = grad_query_base + tile_offsets(
+        rows, grad_query_strides[2], BLOCK_D, grad_query_strides[3]
+    )
+    store_tile(grad_query_pointers, grad_query * scale, rows, q_len, HEAD_DIM, BLOCK_D)
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tile sizes of the two gradient kernels.
+
+    Attributes:
+        key_block_m, key_block_n: queries a step and keys a program of the dK, dV kernel;
+            they divide block_q and block_k.
+        query_block_m, query_block_n: queries a program and keys a step of the dQ kernel.
+    """
+
+    key_block_m: int
+    key_block_n: int
+    key_warps: int
+    key_stages: int
+    query_block_m: int
+    query_block_n: int
+    query_warps: int
+    query_stages: int
+
+
+def backward_config(
+    arch: str, head_dim: int, itemsize: int, block_size: tuple[int, int]
+) -> BackwardConfig:
+    """The measured default (docs/kernels.md)."""
+    block_q, block_k = block_size
+    block_d = padded_head_dim(head_dim)
+    limit = 128 if block_d <= 128 else 64
+    step = 64 if block_d <= 128 else 32
+    if itemsize == 4:
+        limit, step = (64, 32) if block_d <= 64 else (32, 16)
+    key_block_n, query_block_m = min(block_k, limit), min(block_q, limit)
+    stages = 2 if arch == "sm90" else 1
+    return BackwardConfig(
+        key_block_m=min(block_q, step),
+        key_block_n=key_block_n,
+        key_warps=8 if key_block_n == 128 else 4,
+        key_stages=stages,
+        query_block_m=query_block_m,
+        query_block_n=min(block_k, step),
+        query_warps=8 if query_block_m == 128 else 4,
+        query_stages=stages,
+    )
+
+
+def block_sparse_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    columns: tuple[Tensor, Tensor] | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    config: BackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernels.
+
+    Args:
+        columns: the transposed lists in CSR form, offsets (B|1, H|1, Mk + 1) and rows
+            (B|1, H|1, Mq * W), ascending in each column; None where every block is visited.
+
+    Returns:
+        dQ, dK, dV, contiguous, in the dtype of the inputs.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if query.numel() == 0 or key.numel() == 0:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+
+    arch = architecture(query.device)
+    config = config or backward_config(arch, head_dim, query.element_size(), block_size)
+    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
+    delta = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    shared = dict(
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_Q=block_size[0],
+        BLOCK_K=block_size[1],
+        IS_CAUSAL=is_causal,
+        HAS_WINDOW=window > 0,
+        LISTED=indices is not None,
+        HAS_KV_LENS=kv_lens is not None,
+        HAS_Q_LENS=q_lens is not None,
+        PRECISION=dot_precision(query.dtype),
+    )
+    inputs = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    with device_of(query):
+        delta_rows = 128 if head_dim <= 128 else 64
+        delta_tiles = triton.cdiv(q_len, delta_rows)
+        _delta_kernel[(delta_tiles * batch * heads,)](
+            out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(),
+            (0, 0, 0) if grad_lse is None else grad_lse.stride(),
+            heads, q_len, delta_tiles,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=delta_rows,
+            HAS_GRAD_LSE=grad_lse is not None,
+        )  # fmt: skip
+        kv_tiles = triton.cdiv(kv_len, config.key_block_n)
+        _key_value_kernel[(kv_tiles * batch * kv_heads,)](
+            query, key, value, grad_out, lse, delta, grad_key, grad_value,
+            offsets, rows, kv_lens, q_lens, *inputs, grad_key.stride(),
+            *list_strides(offsets, rows),
+            heads, kv_heads, q_len, kv_len, kv_tiles, window, scale,
+            BLOCK_M=config.key_block_m, BLOCK_N=config.key_block_n, GROUP=heads // kv_heads,
+            num_warps=config.key_warps, num_stages=config.key_stages, **shared,
+        )  # fmt: skip
+        q_tiles = triton.cdiv(q_len, config.query_block_m)
+        _query_kernel[(q_tiles * batch * heads,)](
+            query, key, value, grad_out, lse, delta, grad_query,
+            counts, indices, kv_lens, q_lens, *inputs, grad_query.stride(),
+            *list_strides(counts, indices),
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, window, scale,
+            BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n,
+            MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+            num_warps=config.query_warps, num_stages=config.query_stages, **shared,
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,265 @@
+"""The attention mass of tiles, and its entropy, without storing the scores.
+
+For a block of queries A and a block of keys B, P_AB = mean over i in A of sum over j in B of p_ij
+(the mean over the queries that see a key), and H_A = -sum_B P_AB log P_AB. One program walks a
+tile's blocks once for the log-sum-exp, unless the forward pass has left it, and once more for the
+masses. exp(H_A) is the number of key blocks that the tile effectively needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import (
+    adjacent_lists,
+    architecture,
+    device_of,
+    dot_precision,
+    list_strides,
+    padded_head_dim,
+)
+from entropy_attn.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    block_start,
+    head_base,
+    list_base,
+    load_tile,
+    online_softmax,
+    tile_offsets,
+    valid_length,
+    visible_scores,
+    visited_blocks,
+)
+
+
+@triton.jit
+def _scores(
+    query, positions, key_base, stride_kn, stride_kd, keys, kv_end, kv_len, window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(M, N) raw scores, -inf where not visible."""
+    pointers = key_base + tile_offsets(keys, stride_kn, BLOCK_D, stride_kd)
+    key = load_tile(pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if MASKED:
+        scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
+    return scores
+
+
+@triton.jit
+def _add_lse(
+    mass, maximum, query, positions, key_base, stride_kn, stride_kd,
+    list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Running sum and maximum of the softmax over the blocks in slots [first, last)."""
+    STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
+    for step in range(first * STEPS, last * STEPS):
+        keys = next_start + (step % STEPS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
+        scores = _scores(
+            query, positions, key_base, stride_kn, stride_kd, keys, kv_end, kv_len, window,
+            HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, MASKED, PRECISION,
+        )  # fmt: skip
+        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum, MASKED)
+        mass = mass * tl.exp2(shift) + tl.sum(tl.exp2(exponents), 1)
+    return mass, maximum
+
+
+@triton.jit
+def _add_masses(
+    entropy, query, positions, lse, inverse_rows, mass_pointer, key_base, stride_kn, stride_kd,
+    list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    STORE_MASS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the masses of the blocks in slots [first, last); add -P log2 P to the entropy."""
+    STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    block_mass = 0.0
+    next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
+    for step in range(first * STEPS, last * STEPS):
+        start = next_start + (step % STEPS) * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
+        scores = _scores(
+            query, positions, key_base, stride_kn, stride_kd, keys, kv_end, kv_len, window,
+            HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, MASKED, PRECISION,
+        )  # fmt: skip
+        p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
+        if step % STEPS == 0:
+            block_mass = 0.0
+        block_mass += tl.sum(tl.sum(p, 1), 0) * inverse_rows
+        if step % STEPS == STEPS - 1:
+            entropy -= block_mass * tl.log2(tl.where(block_mass > 0.0, block_mass, 1.0))
+            if STORE_MASS:
+                tl.store(mass_pointer + start // BLOCK_K, block_mass)
+    return entropy
+
+
+@triton.jit
+def _tile_mass_kernel(
+    query_ptr, key_ptr, lse_ptr, mass_ptr, entropy_ptr,
+    counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+    query_strides, key_strides, count_strides, index_strides,
+    heads, group, q_len, kv_len, q_tiles, kv_tiles, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    LISTED: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, HAS_LSE: tl.constexpr, STORE_MASS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tile = program % q_tiles
+    if IS_CAUSAL:
+        tile = q_tiles - 1 - tile
+    batch_head = program // q_tiles
+    batch = batch_head // heads
+    head = batch_head % heads
+
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (M,)
+    positions = rows + (kv_end - q_end)
+    first_position = tile * BLOCK_Q + (kv_end - q_end)
+    last_position = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_end) - 1 + (kv_end - q_end)
+    list_pointer, count = list_base(
+        counts_ptr, indices_ptr, batch, head, tile, count_strides, index_strides, LISTED
+    )
+    first, full, last = visited_blocks(
+        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
+        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+    )  # fmt: skip
+    if HAS_Q_LENS:
+        if tile * BLOCK_Q >= q_end:
+            last = first
+            full = first
+
+    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
+    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
+    if HAS_LSE:
+        statistics = batch_head.to(tl.int64) * q_len + rows
+        lse = tl.load(lse_ptr + statistics, mask=rows < q_len, other=float("-inf")) * LOG2_E
+    else:
+        mass = tl.zeros([BLOCK_Q], tl.float32)
+        maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        mass, maximum = _add_lse(
+            mass, maximum, query, positions, key_base, key_strides[2], key_strides[3],
+            list_pointer, first, full, count, kv_end, kv_len, window, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, False, PRECISION,
+        )  # fmt: skip
+        mass, maximum = _add_lse(
+            mass, maximum, query, positions, key_base, key_strides[2], key_strides[3],
+            list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
+        )  # fmt: skip
+        lse = maximum + tl.log2(tl.where(mass > 0.0, mass, 1.0))
+    alive = (lse > float("-inf")) & (rows < q_end)
+    # +inf makes every probability of a row without a key 0.
+    lse = tl.where(alive, lse, float("inf"))
+    alive_rows = tl.sum(alive.to(tl.float32), 0)
+    inverse_rows = 1.0 / tl.maximum(alive_rows, 1.0)
+
+    mass_pointer = mass_ptr
+    if STORE_MASS:
+        mass_pointer += (batch_head.to(tl.int64) * q_tiles + tile) * kv_tiles
+    entropy = 0.0
+    entropy = _add_masses(
+        entropy, query, positions, lse, inverse_rows, mass_pointer, key_base, key_strides[2],
+        key_strides[3], list_pointer, first, full, count, kv_end, kv_len, window, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, STORE_MASS, False,
+        PRECISION,
+    )  # fmt: skip
+    entropy = _add_masses(
+        entropy, query, positions, lse, inverse_rows, mass_pointer, key_base, key_strides[2],
+        key_strides[3], list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, STORE_MASS, True,
+        PRECISION,
+    )  # fmt: skip
+    tl.store(entropy_ptr + batch_head.to(tl.int64) * q_tiles + tile, tl.maximum(entropy, 0.0) * LN_2)
+
+
+@dataclass(frozen=True)
+class TileMassConfig:
+    """block_n: keys a step; divides block_k."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_mass_config(
+    arch: str, head_dim: int, itemsize: int, block_size: tuple[int, int]
+) -> TileMassConfig:
+    """The default: as the forward kernel's, without its output accumulator."""
+    block_n = min(block_size[1], 128 if itemsize == 2 and padded_head_dim(head_dim) <= 128 else 32)
+    return TileMassConfig(
+        block_n=block_n,
+        num_warps=8 if block_size[0] >= 128 else 4,
+        num_stages=3 if arch == "sm90" and head_dim <= 128 else 2,
+    )
+
+
+def tile_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    return_mass: bool,
+    config: TileMassConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel.
+
+    Args:
+        lse: (B, Hq, Nq) fp32 from the forward pass over the same lists, or None to compute it.
+
+    Returns:
+        mass (B, Hq, Mq, Mk) fp32 or empty, entropy (B, Hq, Mq) fp32 in nats.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    q_tiles, kv_tiles = triton.cdiv(q_len, block_size[0]), triton.cdiv(kv_len, block_size[1])
+    shape = (batch, heads, q_tiles)
+    # Blocks that are not listed keep their 0.
+    mass_shape = (*shape, kv_tiles) if return_mass else (0,)
+    mass = torch.zeros(mass_shape, dtype=torch.float32, device=query.device)
+    entropy = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    if entropy.numel() == 0 or kv_len == 0:
+        return mass, entropy
+    config = config or tile_mass_config(
+        architecture(query.device), head_dim, query.element_size(), block_size
+    )
+    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    with device_of(query):
+        _tile_mass_kernel[(q_tiles * batch * heads,)](
+            query, key, lse, mass, entropy, counts, indices, kv_lens, q_lens,
+            query.stride(), key.stride(), *list_strides(counts, indices),
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, kv_tiles, window, scale * LOG2_E,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_Q=block_size[0], BLOCK_K=block_size[1], BLOCK_N=config.block_n,
+            IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
+            MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+            HAS_LSE=lse is not None, STORE_MASS=return_mass, PRECISION=dot_precision(query.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return mass, entropy
