@@ -25,12 +25,12 @@ from entropy_attn.kernels.launch import (
     architecture,
     device_of,
     dot_precision,
+    exponent_scale,
     list_strides,
     padded_head_dim,
 )
 from entropy_attn.kernels.primitives import (
     LN_2,
-    LOG2_E,
     block_start,
     gathered_keys,
     head_base,
@@ -304,7 +304,7 @@ def block_sparse_forward(
             counts, indices, kv_lens, q_lens,
             query.stride(), key.stride(), value.stride(), out.stride(),
             *list_strides(counts, indices),
-            heads, heads // kv_heads, q_len, kv_len, q_tiles, window, scale * LOG2_E,
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, window, exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n,

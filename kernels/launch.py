@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import cache
 
 import torch
@@ -32,6 +33,11 @@ def _architecture(index: int) -> str:
 def padded_head_dim(head_dim: int) -> int:
     """The next power of two, at least 16: what a tile holds."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def exponent_scale(scale: float) -> float:
+    """The factor that takes raw scores to exponents of 2."""
+    return scale * math.log2(math.e)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -6,11 +6,13 @@ handled as s * scale * log2(e), because exp2 is one instruction.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit

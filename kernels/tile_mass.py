@@ -20,6 +20,7 @@ from entropy_attn.kernels.launch import (
     architecture,
     device_of,
     dot_precision,
+    exponent_scale,
     list_strides,
     padded_head_dim,
 )
@@ -253,7 +254,7 @@ def tile_mass(
         _tile_mass_kernel[(q_tiles * batch * heads,)](
             query, key, lse, mass, entropy, counts, indices, kv_lens, q_lens,
             query.stride(), key.stride(), *list_strides(counts, indices),
-            heads, heads // kv_heads, q_len, kv_len, q_tiles, kv_tiles, window, scale * LOG2_E,
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, kv_tiles, window, exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1], BLOCK_N=config.block_n,
             IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
