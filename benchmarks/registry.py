@@ -7,7 +7,7 @@ is adding its module and a line here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,17 @@ class Context:
         if not self.on_gpu:
             return "small"
         return "quick" if self.quick else "full"
+
+
+def short(choice: Any) -> str:
+    """A scorer or budget as one writes it: TopK(0.25), Pooled(8, max)."""
+    values = [
+        getattr(choice, f.name)
+        for f in fields(choice)
+        if not f.kw_only or getattr(choice, f.name) != f.default
+    ]
+    inside = ", ".join(str(value) for value in values if value is not None)
+    return f"{type(choice).__name__}({inside})"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def measure(
     seconds: float = 1.0,
     min_rounds: int = 5,
     max_rounds: int = 100,
+    rounds: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Timing]:
     """Time every contestant in interleaved rounds.
@@ -60,6 +61,7 @@ def measure(
             number. All have the same number of sets.
         seconds: about how long to measure, warm-up not counted.
         min_rounds, max_rounds: bounds on the rounds that ``seconds`` gives.
+        rounds: exactly so many, without warm-up, for calls that are warm and take seconds.
         device: "cuda" times on the GPU's own clock, others by wall clock; by default a GPU if
             there is one.
 
@@ -73,16 +75,10 @@ def measure(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = _GpuClock() if torch.device(device).type == "cuda" else _WallClock()
 
-    # The first calls compile; the second ones of every set tell how long a call takes.
-    estimates = {}
-    for name, calls in contestants.items():
-        for call in calls:
-            call()
-        clock.time(name, calls[0])
-        estimates[name] = clock.collect()[name][0]
-    clock.choose_mode(min(estimates.values()))
-    rounds = int(seconds * 1e3 / max(sum(estimates.values()), 1e-6))
-    rounds = max(min_rounds, min(max_rounds, rounds))
+    if rounds is None:
+        total, shortest = _warm_up(contestants, clock)
+        clock.choose_mode(shortest)
+        rounds = max(min_rounds, min(max_rounds, int(seconds * 1e3 / max(total, 1e-6))))
 
     names = list(contestants)
     for turn in range(rounds):
@@ -91,6 +87,18 @@ def measure(
             calls = contestants[name]
             clock.time(name, calls[turn % len(calls)])
     return {name: Timing.of(samples) for name, samples in clock.collect().items()}
+
+
+def _warm_up(
+    contestants: Mapping[str, Sequence[Callable[[], object]]], clock: _WallClock | _GpuClock
+) -> tuple[float, float]:
+    """Milliseconds of a round and of its shortest call, once every call has compiled."""
+    for name, calls in contestants.items():
+        for call in calls:
+            call()
+        clock.time(name, calls[0])
+    estimates = [samples[0] for samples in clock.collect().values()]
+    return sum(estimates), min(estimates)
 
 
 class _WallClock:

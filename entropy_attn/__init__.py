@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from entropy_attn.integrations.registration import register_on_import
+
 __version__ = "0.1.0"
 
 # In a checkout `kernels/` and `benchmarks/` lie beside this package; setup.py installs them
@@ -35,6 +37,7 @@ _EXPORTS = {
     "SparsityConfig": "config",
     "apply": "integrations",
     "observe": "integrations",
+    "register": "integrations",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -49,3 +52,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# attn_implementation="entropy_attn" works once both packages are imported, in either order.
+register_on_import()

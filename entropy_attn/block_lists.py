@@ -74,7 +74,7 @@ def column_lists(
         num_columns: Mk.
 
     Returns:
-        offsets (B, H, Mk + 1) int32 (int64 where Mq·W needs it) and rows (B, H, Mq·W) int32:
+        offsets (B, H, Mk + 1) int32 (int64 where B·H·Mq·W needs it) and rows (B, H, Mq·W) int32:
         key block ``c`` is visited by the query blocks ``rows[..., offsets[c]:offsets[c + 1]]``,
         ascending. Rows past ``offsets[Mk]`` are arbitrary within [0, Mq).
     """
@@ -85,16 +85,16 @@ def column_lists(
     # the radix sort makes.
     key_type = _smallest_integer(segments * stride)
     keys = torch.where(listed(kv_num_blocks, kv_indices), kv_indices, num_columns)
-    first_key = torch.arange(0, segments * stride, stride, device=device).view(batch, heads, 1, 1)
+    sum_type = torch.promote_types(key_type, keys.dtype)
+    first_key = torch.arange(0, segments * stride, stride, dtype=sum_type, device=device)
+    first_key = first_key.view(batch, heads, 1, 1)
     keys = (keys + first_key).to(key_type).flatten()
     keys, order = torch.sort(keys, stable=True)
 
     boundaries = torch.arange(segments * stride, dtype=key_type, device=device)
-    offsets = torch.searchsorted(keys, boundaries, out_int32=_smallest_integer(keys.numel()) != torch.int64)
-    offsets = offsets.view(batch, heads, stride)
+    fits = keys.numel() <= torch.iinfo(torch.int32).max
+    offsets = torch.searchsorted(keys, boundaries, out_int32=fits).view(batch, heads, stride)
     offsets = offsets - offsets[..., :1]
-    if offsets.dtype == torch.int64 and _smallest_integer(entries) != torch.int64:
-        offsets = offsets.to(torch.int32)
     rows = order.div(max(width, 1), rounding_mode="floor").remainder(max(num_rows, 1))
     return offsets, rows.to(torch.int32).view(batch, heads, entries)
 
@@ -134,7 +134,9 @@ def resized_lists(
 
     Sizes are powers of two, so each side is split or merged by a whole factor.
     """
-    num_rows, num_columns = (-(-n // b) for n, b in zip((q_len, kv_len), new_block_size, strict=True))
+    num_rows, num_columns = (
+        -(-n // b) for n, b in zip((q_len, kv_len), new_block_size, strict=True)
+    )
     old_columns = -(-kv_len // block_size[1])
     # old_columns · split >= num_columns, so what stands for nothing still does after splitting.
     candidates = torch.where(listed(counts, indices), indices, old_columns)

@@ -79,20 +79,19 @@ def sliding_window_lists(
     first, last = grid.positions(device)
     high = (last if is_causal else last + window - 1).clamp(max=grid.kv_len - 1) // block_k
     low = (first - window + 1).clamp(min=0) // block_k
-    in_window = (high - low + 1).clamp(min=0)
-    # Sinks come first; where they overlap the window, the window lists them.
-    sinks = torch.full_like(low, min(-(-sink // block_k), grid.num_columns))
-    sinks = torch.minimum(sinks, torch.where(in_window > 0, low, grid.num_columns))
-    if is_causal:
-        sinks = torch.minimum(sinks, (high + 1).clamp(min=0))
+    # Sinks come first; from where they reach the window on, the window lists them.
+    sink_blocks = min(-(-sink // block_k), grid.num_columns)
+    if not is_causal:
+        high = torch.where(low <= sink_blocks, high.clamp(min=sink_blocks - 1), high)
+    sinks = low.clamp(max=sink_blocks)
+    counts = sinks + (high - low + 1).clamp(min=0)
     # A run of n tokens, wherever it begins, meets at most this many blocks.
     span = block_q + (window if is_causal else 2 * window - 1) - 1
-    width = (span + block_k - 2) // block_k + 1 + -(-sink // block_k)
-    slot = torch.arange(min(width, grid.num_columns), device=device)
-    sinks = sinks[:, None]
-    indices = torch.where(slot < sinks, slot, low[:, None] + slot - sinks)
+    width = min((span + block_k - 2) // block_k + 1 + sink_blocks, grid.num_columns)
+    slot = torch.arange(width, device=device)
+    skipped = (low - sinks)[:, None]
+    indices = torch.where(slot < sinks[:, None], slot, slot + skipped)
     indices = indices.clamp(max=max(grid.num_columns - 1, 0))
-    counts = sinks[:, 0] + in_window
     return counts.to(torch.int32)[None, None], indices.to(torch.int32)[None, None]
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from entropy_attn.masks import BlockMask
+if TYPE_CHECKING:
+    from entropy_attn.masks import BlockMask
 
 ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = (16, 256)
@@ -95,6 +97,8 @@ def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
 
 def check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
     """That the mask was built for these lengths, heads and device."""
+    from entropy_attn.masks import BlockMask  # masks.py validates with this module
+
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask must be an entropy_attn.BlockMask, got {type(block_mask).__name__}; "
@@ -154,3 +158,198 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> N
             raise ValueError(
                 f"{name} must have shape {tuple(out_a.shape[:-1])}, got {tuple(lse.shape)}"
             )
+
+
+# Block masks. Checked once, when a mask is built: these read values and may wait for the device.
+
+
+def check_at_least(name: str, value: int, minimum: int) -> int:
+    """An int that is not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
+    return value
+
+
+def check_density(density: float) -> float:
+    """A share of blocks in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density must be a number with 0 < density <= 1, got {density!r}")
+    return float(density)
+
+
+def check_dense_blocks(
+    dense: Tensor, block_size: tuple[int, int], q_len: int, kv_len: int
+) -> None:
+    """A bool tensor with one entry a block. Values are not read."""
+    if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
+        got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
+        raise TypeError(f"dense must be a bool tensor, one entry a block, got {got}")
+    rows, columns = -(-q_len // block_size[0]), -(-kv_len // block_size[1])
+    if dense.ndim != 4 or dense.shape[2:] != (rows, columns):
+        raise ValueError(
+            f"dense must have shape (batch or 1, heads or 1, {rows}, {columns}) for q_len={q_len}, "
+            f"kv_len={kv_len} and block_size={block_size}, got {tuple(dense.shape)}"
+        )
+
+
+def check_block_lists(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_size: tuple[int, int],
+    q_len: int,
+    kv_len: int,
+    is_full: bool,
+) -> Tensor:
+    """Shapes and values of block lists; returns the indices, ascending within the counts."""
+    num_columns = _check_list_shapes(kv_num_blocks, kv_indices, block_size, q_len, kv_len)
+    if kv_num_blocks.numel() == 0:
+        return kv_indices
+    if is_full and (kv_num_blocks != num_columns).any():
+        raise ValueError(
+            f"is_full=True but not every row lists all {num_columns} key blocks; leave it False"
+        )
+    # Batches and heads that share their lists in memory are checked once.
+    counts, indices = kv_num_blocks, kv_indices
+    for dim in (0, 1):
+        if counts.stride(dim) == 0 and indices.stride(dim) == 0:
+            counts, indices = counts.narrow(dim, 0, 1), indices.narrow(dim, 0, 1)
+    ascending = _check_list_values(counts, indices, num_columns)
+    return kv_indices if ascending is indices else ascending.expand(kv_indices.shape)
+
+
+def _check_list_values(kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int) -> Tensor:
+    most = min(kv_indices.shape[-1], num_columns)
+    wrong = _first((kv_num_blocks < 0) | (kv_num_blocks > most))
+    if wrong:
+        raise ValueError(
+            f"kv_num_blocks[{_at(wrong)}] is {kv_num_blocks[wrong].item()}; allowed are 0 to "
+            f"{most}: kv_indices has room for {kv_indices.shape[-1]} and there are {num_columns} "
+            "key blocks"
+        )
+    slot = torch.arange(kv_indices.shape[-1], device=kv_indices.device)
+    listed = slot < kv_num_blocks[..., None]
+    outside = (kv_indices < 0) | (kv_indices >= num_columns)
+    wrong = _first(listed & outside)
+    if wrong:
+        raise ValueError(
+            f"kv_indices[{_at(wrong)}] is {kv_indices[wrong].item()}; allowed are 0 to "
+            f"{num_columns - 1}: the mask has {num_columns} key blocks"
+        )
+    if _first(outside):
+        kv_indices = kv_indices.clamp(0, max(num_columns - 1, 0))
+    descending = kv_indices[..., 1:] <= kv_indices[..., :-1]
+    if _first(descending & listed[..., 1:]):
+        kv_indices = _sorted_lists(kv_indices, listed, num_columns)
+    return kv_indices
+
+
+def _check_list_shapes(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    block_size: tuple[int, int],
+    q_len: int,
+    kv_len: int,
+) -> int:
+    for name, tensor, ndim, shape in (
+        ("kv_num_blocks", kv_num_blocks, 3, "(batch or 1, heads or 1, query blocks)"),
+        ("kv_indices", kv_indices, 4, "(batch or 1, heads or 1, query blocks, width)"),
+    ):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int32 tensor, got {got}; convert it with .int()")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if kv_indices.shape[:3] != kv_num_blocks.shape:
+        raise ValueError(
+            f"kv_indices has shape {tuple(kv_indices.shape)}; its first three sizes must be those "
+            f"of kv_num_blocks, {tuple(kv_num_blocks.shape)}"
+        )
+    if kv_indices.device != kv_num_blocks.device:
+        raise ValueError(
+            f"kv_indices is on {kv_indices.device} but kv_num_blocks is on {kv_num_blocks.device}; "
+            "move it with .to()"
+        )
+    num_rows, num_columns = -(-q_len // block_size[0]), -(-kv_len // block_size[1])
+    if kv_num_blocks.shape[2] != num_rows:
+        raise ValueError(
+            f"kv_num_blocks has {kv_num_blocks.shape[2]} query blocks; q_len={q_len} with blocks "
+            f"of {block_size[0]} has {num_rows}"
+        )
+    return num_columns
+
+
+def _sorted_lists(kv_indices: Tensor, listed: Tensor, num_columns: int) -> Tensor:
+    values, order = kv_indices.masked_fill(~listed, num_columns).sort(dim=-1, stable=True)
+    wrong = _first((values[..., 1:] == values[..., :-1]) & listed[..., 1:])
+    if wrong:
+        row, slot = wrong[:-1], wrong[-1]
+        pair = order[row][slot : slot + 2].tolist()
+        raise ValueError(
+            f"kv_indices[{_at(row)}] lists key block {values[wrong].item()} twice, at entries "
+            f"{pair[0]} and {pair[1]}; a row may list a block once"
+        )
+    return values.clamp(max=max(num_columns - 1, 0))
+
+
+def _first(wrong: Tensor) -> tuple[int, ...] | None:
+    """Position of the first True, or None."""
+    return tuple(wrong.nonzero()[0].tolist()) if wrong.any() else None
+
+
+def _at(position: tuple[int, ...]) -> str:
+    return ", ".join(str(p) for p in position)
+
+
+def check_integer(name: str, value: int, minimum: int) -> int:
+    """An int, not a bool, of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an int >= {minimum}, got {value!r}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """A finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def check_share(name: str, value: float) -> float:
+    """A number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    return float(value)
+
+
+def check_power_of_two(name: str, value: int) -> int:
+    """A power of two as an int, 1 included."""
+    check_integer(name, value, minimum=1)
+    if value & (value - 1) != 0:
+        raise ValueError(f"{name} must be a power of two, got {value!r}")
+    return value
+
+
+def check_group(name: str, group: int, block_size: tuple[int, int]) -> None:
+    """Tokens a group: a power of two, a whole number of groups and at most 64 in a block."""
+    low, high = max(1, max(block_size) // 64), min(block_size)
+    if not low <= group <= high:
+        raise ValueError(
+            f"{name}={group} does not fit block_size={block_size}: allowed are powers of two from "
+            f"{low} to {high}; TrueMass() scores single tokens"
+        )
+
+
+def check_tile_mass(
+    name: str, mass: Tensor, tiles: int, blocks: int, leading: tuple[int, int] | None = None
+) -> None:
+    """(B, H, Mq, Mk) fp32 or fp64; the values are checked on the device, see `keep_blocks`."""
+    if not isinstance(mass, Tensor) or mass.dtype not in (torch.float32, torch.float64):
+        got = mass.dtype if isinstance(mass, Tensor) else type(mass).__name__
+        raise TypeError(f"{name} must be a float32 or float64 tensor, got {got}")
+    expected = (*(leading or mass.shape[:2]), tiles, blocks)
+    if mass.ndim != 4 or tuple(mass.shape) != expected:
+        wanted = f"({'batch, heads' if leading is None else f'{leading[0]}, {leading[1]}'}, "
+        raise ValueError(
+            f"{name} must have shape {wanted}{tiles}, {blocks}): one value for each block of "
+            f"queries and block of keys; got {tuple(mass.shape)}"
+        )

@@ -348,21 +348,28 @@ def backward_config(
     """The measured default (docs/kernels.md)."""
     block_q, block_k = block_size
     block_d = padded_head_dim(head_dim)
-    limit = 128 if block_d <= 128 else 64
-    step = 64 if block_d <= 128 else 32
-    if itemsize == 4:
-        limit, step = (64, 32) if block_d <= 64 else (32, 16)
-    key_block_n, query_block_m = min(block_k, limit), min(block_q, limit)
-    stages = 2 if arch == "sm90" else 1
+    if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
+        rows, step = (64, 32) if block_d <= 64 else (32, 16)
+        rows_k, rows_q = min(block_k, rows), min(block_q, rows)
+        step_k, step_q = min(block_q, step), min(block_k, step)
+        return BackwardConfig(step_k, rows_k, 4, 1, rows_q, step_q, 4, 1)
+    rows, step = (128, 64) if block_d <= 128 else (64, 32)
+    key_block_n, query_block_m = min(block_k, rows), min(block_q, rows)
+    if block_d <= 64:
+        key_block_n = min(key_block_n, 64)  # two programs a multiprocessor
+    key_stages = query_stages = 1
+    if arch == "sm90":
+        key_stages = 3 if (key_block_n == 128) == (block_d == 128) else 2
+        query_stages = 3 if query_block_m == 128 else 2
     return BackwardConfig(
         key_block_m=min(block_q, step),
         key_block_n=key_block_n,
-        key_warps=8 if key_block_n == 128 else 4,
-        key_stages=stages,
+        key_warps=8 if key_block_n == 128 or block_d > 128 else 4,
+        key_stages=key_stages,
         query_block_m=query_block_m,
         query_block_n=min(block_k, step),
-        query_warps=8 if query_block_m == 128 else 4,
-        query_stages=stages,
+        query_warps=8 if query_block_m == 128 or block_d > 128 else 4,
+        query_stages=query_stages,
     )
 
 

@@ -31,6 +31,7 @@ from entropy_attn.kernels.launch import (
 )
 from entropy_attn.kernels.primitives import (
     LN_2,
+    NO_SCORE,
     block_start,
     gathered_keys,
     head_base,
@@ -47,26 +48,29 @@ from entropy_attn.kernels.primitives import (
 
 @triton.jit
 def _entropy_sums(
-    row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum, closes,
-    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum, step,
+    STEPS: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update T of rows and blocks; ``mass`` is l before this step, ``open_mass`` the part of it
-    that belongs to a block whose keys are not all seen yet."""
-    if ROW_ENTROPY or BLOCK_ENTROPY:
-        # The first step has no past: 0 instead of -inf * 0.
-        shift = tl.where(mass > 0.0, shift, 0.0)
+    that belongs to a block whose keys are not all seen yet (a block takes STEPS steps)."""
     if ROW_ENTROPY:
         if MASKED:
-            term = tl.where(p > 0.0, p * exponents, 0.0)
+            term = tl.where(p > 0.0, p * exponents, 0.0)  # not 0 * -inf
         else:
             term = p * exponents
         row_sum = alpha * (row_sum + shift * mass) + tl.sum(term, 1)
     if BLOCK_ENTROPY:
-        block_sum = alpha * (block_sum + shift * (mass - open_mass))
-        open_mass = open_mass * alpha + p_sum
-        closed = tl.where(closes, open_mass, 0.0)
-        block_sum += closed * tl.log2(tl.where(closed > 0.0, closed, 1.0))
-        open_mass = tl.where(closes, 0.0, open_mass)
+        if STEPS == 1:
+            block_sum = alpha * (block_sum + shift * mass)
+            closed = p_sum
+        else:
+            block_sum = alpha * (block_sum + shift * (mass - open_mass))
+            open_mass = open_mass * alpha + p_sum
+            closes = (step + 1) % STEPS == 0
+            closed = tl.where(closes, open_mass, 0.0)
+            open_mass = tl.where(closes, 0.0, open_mass)
+        block_sum += closed * tl.log2(tl.maximum(closed, 1.0e-37))
     return row_sum, block_sum, open_mass
 
 
@@ -108,13 +112,13 @@ def _visit_blocks(
             scores = visible_scores(
                 scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW
             )
-        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum, MASKED)
+        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum)
         p = tl.exp2(exponents)  # (M, N)
         alpha = tl.exp2(shift)  # (M,)
         p_sum = tl.sum(p, 1)
         row_sum, block_sum, open_mass = _entropy_sums(
-            row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum,
-            (step + 1) % STEPS == 0, ROW_ENTROPY, BLOCK_ENTROPY, MASKED,
+            row_sum, block_sum, open_mass, mass, alpha, shift, exponents, p, p_sum, step,
+            STEPS, ROW_ENTROPY, BLOCK_ENTROPY, MASKED,
         )  # fmt: skip
         mass = mass * alpha + p_sum
         value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
@@ -175,7 +179,7 @@ def _forward_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     block_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, mass, maximum, row_sum, block_sum = _visit_blocks(
@@ -235,26 +239,32 @@ def forward_config(
     head_dim: int,
     itemsize: int,
     block_size: tuple[int, int],
+    is_causal: bool = False,
     entropy: bool = False,
 ) -> ForwardConfig:
     """The measured default (docs/kernels.md); entropy wants whole blocks as steps."""
+    block_q, block_k = block_size
     block_d = padded_head_dim(head_dim)
-    block_m = min(block_size[0], 128)
-    block_n = 128 if block_d <= 128 else 64
-    if itemsize == 4:
-        block_m, block_n = min(block_m, 64), 32
-    elif block_d > 128:
-        block_m = min(block_m, 64)
-    if arch != "sm90":  # less shared memory a program
-        block_n = min(block_n, 64)
-    if entropy:
-        block_n = min(block_n, block_size[1])
-    return ForwardConfig(
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=2 if block_d >= 128 else 3,
-    )
+    if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
+        limit_m, limit_n = (64, 32) if block_d <= 128 else (32, 32)
+    elif block_d > 128 or arch != "sm90":
+        limit_m, limit_n = (128, 64) if block_d <= 128 else (64, 32)
+    else:
+        limit_m, limit_n = 128, 128
+    block_m, block_n = min(block_q, limit_m), limit_n
+    if arch == "sm90" and block_m < 128:
+        block_n = min(block_n, 64)  # two programs a multiprocessor beat one with longer steps
+    if entropy or block_k >= 64:
+        block_n = min(block_n, block_k)
+    if arch == "sm90" and itemsize == 2:
+        if is_causal and block_d == 64:
+            block_n = min(block_n, 64)  # the masks leave too few registers for longer steps
+        num_warps = 8 if block_m == 128 and (block_d == 128 or block_n == 64) else 4
+        num_stages = 2 if entropy and block_d == 128 and block_m == 128 or block_d > 128 else 3
+    else:
+        num_warps = 8 if block_m == 128 else 4
+        num_stages = 2
+    return ForwardConfig(block_m, block_n, num_warps, num_stages)
 
 
 def block_sparse_forward(
@@ -294,6 +304,7 @@ def block_sparse_forward(
         head_dim,
         query.element_size(),
         block_size,
+        is_causal,
         entropy=row_entropy or block_entropy,
     )
     q_tiles = triton.cdiv(q_len, config.block_m)

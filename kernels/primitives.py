@@ -13,6 +13,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
+# Where a running maximum starts: below every score, yet finite, so that a row which sees no key
+# needs no guard against -inf - -inf.
+NO_SCORE = tl.constexpr(-1.0e38)
 
 
 @triton.jit
@@ -187,21 +190,16 @@ def visible_scores(
 
 
 @triton.jit
-def online_softmax(scores, scale_log2, maximum, MASKED: tl.constexpr):
+def online_softmax(scores, scale_log2, maximum):
     """One step of the online softmax.
 
     Args:
-        scores: (M, N) raw scores; maximum: (M,) running maximum in base 2, -inf at first.
+        scores: (M, N) raw scores; maximum: (M,) running maximum in base 2, NO_SCORE at first.
 
     Returns:
         exponents (M, N) in base 2, relative to the new maximum; the new maximum (M,); shift (M,),
-        by how much the maximum fell relative to the new one (<= 0, -inf at first).
+        the old maximum minus the new one.
     """
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
-    if MASKED:
-        # A row that has seen no key yet: -inf - -inf would be NaN.
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    else:
-        reference = new_maximum
-    exponents = scores * scale_log2 - reference[:, None]
-    return exponents, new_maximum, maximum - reference
+    exponents = scores * scale_log2 - new_maximum[:, None]
+    return exponents, new_maximum, maximum - new_maximum

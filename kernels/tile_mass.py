@@ -27,6 +27,7 @@ from entropy_attn.kernels.launch import (
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
+    NO_SCORE,
     block_start,
     head_base,
     list_base,
@@ -72,7 +73,7 @@ def _add_lse(
             query, positions, key_base, stride_kn, stride_kd, keys, kv_end, kv_len, window,
             HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, MASKED, PRECISION,
         )  # fmt: skip
-        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum, MASKED)
+        exponents, maximum, shift = online_softmax(scores, scale_log2, maximum)
         mass = mass * tl.exp2(shift) + tl.sum(tl.exp2(exponents), 1)
     return mass, maximum
 
@@ -155,7 +156,7 @@ def _tile_mass_kernel(
         lse = tl.load(lse_ptr + statistics, mask=rows < q_len, other=float("-inf")) * LOG2_E
     else:
         mass = tl.zeros([BLOCK_Q], tl.float32)
-        maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        maximum = tl.full([BLOCK_Q], NO_SCORE, tl.float32)
         mass, maximum = _add_lse(
             mass, maximum, query, positions, key_base, key_strides[2], key_strides[3],
             list_pointer, first, full, count, kv_end, kv_len, window, scale_log2,
@@ -166,7 +167,7 @@ def _tile_mass_kernel(
             list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
         )  # fmt: skip
-        lse = maximum + tl.log2(tl.where(mass > 0.0, mass, 1.0))
+        lse = tl.where(mass > 0.0, maximum + tl.log2(mass), float("-inf"))
     alive = (lse > float("-inf")) & (rows < q_end)
     # +inf makes every probability of a row without a key 0.
     lse = tl.where(alive, lse, float("inf"))

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import entropy_attn as ea
 from entropy_attn.benchmarks.baselines import our_backend
 from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
 from entropy_attn.benchmarks.environment import sm_clock_mhz
-from entropy_attn.benchmarks.registry import Context, Row
+from entropy_attn.benchmarks.registry import Context, Row, short
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.selection import keep_blocks
 from entropy_attn.testing import assert_close_to_reference
@@ -38,7 +37,7 @@ class Step:
     budget: object | None = None
 
     def __str__(self) -> str:
-        return " ".join([self.kind, *(str(x) for x in (self.scorer, self.budget) if x)])
+        return " ".join([self.kind, *(short(x) for x in (self.scorer, self.budget) if x)])
 
 
 def cases(form: str) -> list[AttentionCase]:
@@ -110,8 +109,8 @@ def _config(context: Context, case: AttentionCase, step: Step) -> dict:
         "form": context.form,
         **case.config(),
         "kind": step.kind,
-        "scorer": str(step.scorer) if step.scorer else None,
-        "budget": str(step.budget) if step.budget else None,
+        "scorer": short(step.scorer) if step.scorer else None,
+        "budget": short(step.budget) if step.budget else None,
     }
 
 
@@ -178,7 +177,7 @@ def _wrong_scores(scorer, inputs: Inputs) -> str | None:
     exact = _score(scorer, inputs, inputs.query.double(), "reference")
     plain = _score(scorer, inputs, backend="reference")
     try:
-        assert_close_to_reference(_score(scorer, inputs), plain, exact, str(scorer))
+        assert_close_to_reference(_score(scorer, inputs), plain, exact, short(scorer))
     except AssertionError as error:
         return str(error)
     return None

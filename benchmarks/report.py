@@ -1,0 +1,263 @@
+"""Tables and pictures of README and docs, generated from the result store and never typed.
+
+A table stands between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->``; NAME is one of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.environment import machine_name
+from entropy_attn.benchmarks.store import Record, Store
+
+EMPTY = "*Not measured yet.*"
+_MARKED = re.compile(r"(<!-- begin:([\w-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
+_BEGIN = re.compile(r"<!-- begin:([\w-]+) -->")
+
+
+def fill(text: str, store: Store) -> str:
+    """``text`` with every marked table replaced by the current one.
+
+    Raises:
+        ValueError: a marker names no table, or has no end.
+    """
+    names = _BEGIN.findall(text)
+    unknown = sorted(set(names) - set(TABLES))
+    if unknown:
+        raise ValueError(f"no table is called {unknown[0]!r}; there are {sorted(TABLES)}")
+    filled, count = _MARKED.subn(
+        lambda match: f"{match[1]}{TABLES[match[2]](store)}\n{match[3]}", text
+    )
+    if count != len(names):
+        raise ValueError("a <!-- begin:NAME --> has no <!-- end:NAME --> after it")
+    return filled
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def full_records(store: Store, suite: str, **config) -> list[Record]:
+    """The latest records of the full form that came out well, grouped by machine."""
+    records = store.latest(suite, form="full", **config)
+    return sorted((r for r in records if r.result["status"] == "ok"), key=lambda r: r.machine)
+
+
+def by_machine(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
+    for machine, group in groupby(records, key=lambda r: r.machine):
+        yield machine, list(group)
+
+
+def provenance(records: list[Record]) -> str:
+    """One line that says where and when the records were measured."""
+    last = max(records, key=lambda r: r.time)
+    found = last.environment
+    parts = [machine_name(found)]
+    parts += [f"{name} {found[name]}" for name in ("driver", "torch", "triton") if found.get(name)]
+    commits = sorted({_commit(r) for r in records})
+    parts.append(("commit " if len(commits) == 1 else "commits ") + ", ".join(commits))
+    parts.append(last.time[:10])
+    return "*" + "; ".join(parts) + ".*"
+
+
+def _commit(record: Record) -> str:
+    found = record.environment
+    return (found["commit"] or "unknown")[:9] + ("+changes" if found["dirty"] else "")
+
+
+def _per_machine(
+    store: Store, suite: str, table: Callable[[list[Record]], str], **config
+) -> str:
+    parts = [
+        f"{provenance(records)}\n\n{table(records)}"
+        for _, records in by_machine(full_records(store, suite, **config))
+    ]
+    return "\n\n".join(parts) or EMPTY
+
+
+def case_name(config: dict) -> str:
+    """A short name of an attention case."""
+    words = [f"D={config['head_dim']}"]
+    if config["is_causal"]:
+        words.append("causal")
+    if config["density"] == 1:
+        words.append("dense")
+    else:
+        words.append(f"{config['density']:g} of {config['block']}-blocks")
+    if config["irregular"]:
+        words.append("irregular")
+    return ", ".join(words)
+
+
+def cases_of(records: list[Record]) -> dict[str, dict[str, Record]]:
+    """Records of the suite ``attention`` by case, then by contestant."""
+    cases: dict[str, dict[str, Record]] = {}
+    for record in records:
+        case = cases.setdefault(case_name(record.config), {})
+        case[record.config["contestant"]] = record
+    return cases
+
+
+def _attention(direction: str) -> Callable[[Store], str]:
+    def table(records: list[Record]) -> str:
+        cases = cases_of(records)
+        names = list(dict.fromkeys(name for case in cases.values() for name in case))
+        names = [name for name in names if name != OURS_WITH_ENTROPY]
+        rows = []
+        for title, case in cases.items():
+            best = max(r.result["tflops"] for name, r in case.items() if name in names)
+            cells = []
+            for name in names:
+                value = case[name].result["tflops"] if name in case else None
+                cell = "–" if value is None else f"{value:.0f}"
+                cells.append(f"**{cell}**" if value == best else cell)
+            rows.append([title, *cells])
+        config = records[0].config
+        setup = (
+            f"TFLOP/s on visited tiles, {direction}, {config['dtype']}, B={config['batch']} "
+            f"H={config['heads']} N={config['length']}. Dense contestants visit every tile."
+        )
+        return f"{setup}\n\n{markdown(['case', *names], rows)}"
+
+    return lambda store: _per_machine(store, "attention", table, direction=direction)
+
+
+def _entropy_overhead(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = []
+        for title, case in cases_of(records).items():
+            if OURS in case and OURS_WITH_ENTROPY in case:
+                plain, both = (case[n].result["median_ms"] for n in (OURS, OURS_WITH_ENTROPY))
+                rows.append([title, f"{plain:.2f}", f"{both:.2f}", f"{both / plain - 1:+.1%}"])
+        return markdown(["case", "output, ms", "and both entropies, ms", "more"], rows)
+
+    return _per_machine(store, "attention", table, direction="forward")
+
+
+def _selection(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = [
+            [
+                f"D={r.config['head_dim']}, blocks of {r.config['block']}"
+                + (", causal" if r.config["is_causal"] else ""),
+                r.config["scorer"],
+                r.config["budget"],
+                f"{r.result['median_ms']:.3f}",
+                f"{r.result['attention_ms']:.3f}",
+                f"{r.result['share']:.1%}",
+            ]
+            for r in records
+        ]
+        header = ["case", "scorer", "budget", "selection, ms", "attention at 0.2, ms", "share"]
+        return markdown(header, rows)
+
+    return _per_machine(store, "select", table, kind="select")
+
+
+def _crossover(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = []
+        for r in records:
+            sparse = ", ".join(f"{ms:.3f} at {d}" for d, ms in r.result["sparse_ms"].items())
+            rows.append([
+                f"D={r.config['head_dim']}" + (", causal" if r.config["is_causal"] else ""),
+                str(r.config["length"]),
+                f"{r.result['dense_ms']:.3f} ({r.result['dense']})",
+                sparse,
+                f"{r.result['break_even_density']:.2f}",
+            ])  # fmt: skip
+        header = ["case", "N", "best dense, ms", "sparse with selection, ms", "break-even density"]
+        return markdown(header, rows)
+
+    return _per_machine(store, "crossover", table)
+
+
+def _quality(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        parts = []
+        for text in dict.fromkeys(r.config["text"] for r in records):
+            mine = [r for r in records if r.config["text"] == text]
+            dense = next(r for r in mine if r.config["family"] == "dense")
+            config = dense.config
+            rows = [
+                [
+                    r.config["family"],
+                    r.config["budget"],
+                    str(r.config["block"]),
+                    f"{r.result['density']:.3f}",
+                    f"{r.result['kept_mass']:.3f}",
+                    f"{r.result['change']:+.3f}",
+                ]
+                for r in mine
+                if r is not dense
+            ]
+            header = ["choice by", "budget", "block", "density", "kept mass", "perplexity"]
+            parts.append(
+                f"{config['model']}, {config['dtype']}, {config['windows']} x {config['length']} "
+                f"tokens of {text}; dense perplexity {dense.result['perplexity']:.2f}.\n\n"
+                + markdown(header, rows)
+            )
+        return "\n\n".join(parts)
+
+    return _per_machine(store, "quality", table)
+
+
+TABLES: dict[str, Callable[[Store], str]] = {
+    "attention-forward": _attention("forward"),
+    "attention-backward": _attention("backward"),
+    "entropy-overhead": _entropy_overhead,
+    "selection": _selection,
+    "crossover": _crossover,
+    "quality": _quality,
+}
+
+
+def draw(store: Store, folder: Path) -> list[Path]:
+    """Draw every picture that there are full records for, one per machine; returns the files."""
+    from entropy_attn.benchmarks import plots
+
+    drawn = []
+    for direction in ("forward", "backward"):
+        for machine, records in by_machine(full_records(store, "attention", direction=direction)):
+            groups = {
+                title.replace(", ", "\n"): {
+                    name: r.result["tflops"] for name, r in case.items() if name != OURS_WITH_ENTROPY
+                }
+                for title, case in cases_of(records).items()
+            }
+            path = folder / f"attention_{direction}_{_slug(machine)}.png"
+            plots.bars(groups, "TFLOP/s on visited tiles", f"{direction}, {machine}", path)
+            drawn.append(path)
+    for machine, records in by_machine(full_records(store, "crossover")):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for r in records:
+            name = f"D={r.config['head_dim']}" + (", causal" if r.config["is_causal"] else "")
+            point = (r.config["length"], r.result["break_even_density"])
+            curves.setdefault(name, []).append(point)
+        path = folder / f"crossover_{_slug(machine)}.png"
+        plots.break_even(curves, f"sparse beats dense below the curve, {machine}", path)
+        drawn.append(path)
+    for machine, records in by_machine(full_records(store, "quality")):
+        for text in dict.fromkeys(r.config["text"] for r in records):
+            families: dict[str, list[plots.Point]] = {}
+            for r in records:
+                if r.config["text"] == text and r.config.get("block") == 64:
+                    label = r.config["budget"]
+                    point = plots.Point(r.result["density"], r.result["change"], label)
+                    families.setdefault(r.config["family"], []).append(point)
+            part = "held_out" if "held-out" in text else "development"
+            path = folder / f"quality_{part}_{_slug(machine)}.png"
+            plots.frontier(families, f"SmolLM2-135M, {text}", path)
+            drawn.append(path)
+    return drawn
+
+
+def _slug(machine: str) -> str:
+    return re.sub(r"\W+", "_", machine).strip("_").lower()

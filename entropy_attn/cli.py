@@ -1,0 +1,170 @@
+"""The command line: ``entropy-attn info | bench | demo | report``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"the command line needs the package {error.name}: pip install 'entropy-attn[bench]'"
+    ) from error
+
+app = typer.Typer(
+    help="Block-sparse attention guided by entropy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+Results = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the result store [default: ENTROPY_ATTN_RESULTS or the repo's]."),
+]
+
+
+@app.command()
+def info() -> None:
+    """Show the backends with the reason for each, the versions and the machine."""
+    import entropy_attn as ea
+    from entropy_attn.benchmarks.environment import environment
+
+    table = Table(title=f"entropy-attn {ea.__version__}: backends", title_justify="left")
+    for column in ("backend", "available", "version", "what it is, or why it is not here"):
+        table.add_column(column, overflow="fold")
+    for state in ea.backends():
+        mark = "[green]yes[/]" if state.available else "[red]no[/]"
+        table.add_row(state.name, mark, state.version or "–", escape(state.reason))
+    console.print(table)
+    machine = Table(title="machine", show_header=False, title_justify="left")
+    for name, value in environment().items():
+        if value is not None:
+            machine.add_row(name, escape(str(value)))
+    console.print(machine)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="A suite, or 'all'; 'list' names them.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Finish within a minute.")] = False,
+    out: Results = None,
+) -> None:
+    """Run a suite of measurements and append its records to the result store.
+
+    Without a GPU a small form runs that checks the suite rather than measures the kernels.
+    """
+    from entropy_attn.benchmarks.registry import SUITES
+    from entropy_attn.benchmarks.store import Store
+
+    if suite == "list":
+        for each in SUITES.values():
+            console.print(f"[bold]{each.name}[/]: {each.summary}")
+        return
+    if suite != "all" and suite not in SUITES:
+        raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}, all, list")
+    names = list(SUITES) if suite == "all" else [suite]
+    store = Store(out)
+    failures = sum(_run_suite(name, quick, store) for name in names)
+    console.print(f"records: {store.directory}")
+    if failures:
+        console.print(f"[red]{failures} measurements of this package are wrong or failed[/]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer budgets, shorter text.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and records.")] = Path(
+        "demo_output"
+    ),
+    text: Annotated[
+        Path | None, typer.Option(help="A text file to read instead of Python's own prose.")
+    ] = None,
+) -> None:
+    """Run SmolLM2-135M on real prose, dense and sparse: quality, density, time and pictures."""
+    from entropy_attn.benchmarks.demo import run_demo
+    from entropy_attn.benchmarks.model import ModelNotFound
+
+    try:
+        with _progress() as progress:
+            outcome = run_demo(device=_device(), quick=quick, out=out, text=text, progress=progress)
+    except (ModelNotFound, FileNotFoundError) as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        raise typer.Exit(1) from error
+    console.print(outcome.table())
+    for line in outcome.notes():
+        console.print(escape(line))
+
+
+@app.command()
+def report(
+    results: Results = None,
+    root: Annotated[Path, typer.Option(help="Repository whose README and docs are filled.")] = Path(
+        "."
+    ),
+) -> None:
+    """Fill the tables of README and docs and draw the pictures, from the result store alone."""
+    from entropy_attn.benchmarks import report as reporting
+    from entropy_attn.benchmarks.store import Store
+
+    store = Store(results)
+    pages = [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))]
+    for page in pages:
+        if not page.exists():
+            continue
+        before = page.read_text(encoding="utf-8")
+        after = reporting.fill(before, store)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            console.print(f"filled {page}")
+    for path in reporting.draw(store, root / "docs" / "images"):
+        console.print(f"drew {path}")
+
+
+def _run_suite(name: str, quick: bool, store) -> int:
+    """Run one suite; returns how many measurements of this package are wrong or failed."""
+    from entropy_attn.benchmarks.registry import SUITES, Context
+    from entropy_attn.benchmarks.store import Record
+
+    failures = 0
+    with _progress() as progress:
+        context = Context(_device(), quick, store.directory, progress)
+        if context.form == "small":
+            console.print(f"[yellow]{name}: no GPU, so this is the small form[/]")
+        for row in SUITES[name].run(context):
+            status = row.result["status"]
+            # An absent contestant is no measurement and must not hide an older one.
+            if status != "unavailable":
+                store.append(Record(name, row.config, row.result))
+            failures += row.is_ours and status in ("wrong", "failed")
+            colour = {"ok": "default", "unavailable": "dim"}.get(status, "red")
+            console.print(f"[{colour}]{escape(row.text)}[/]", highlight=False)
+    return failures
+
+
+def _device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _progress() -> Iterator:
+    """A callable that shows what is going on; plain lines where the output is no terminal."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield lambda text: status.update(escape(text))
+    else:
+        yield lambda text: console.print(f"... {escape(text)}", style="dim", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

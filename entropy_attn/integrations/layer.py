@@ -1,0 +1,121 @@
+"""SparseLayer: decides for each call of one attention layer whether it runs sparse or dense."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from entropy_attn.api import block_sparse_attention
+from entropy_attn.config import SparsityConfig
+from entropy_attn.integrations.call import AttentionCall
+from entropy_attn.integrations.dense import attend_dense, attend_explicit
+from entropy_attn.integrations.padding import restore, valid_first
+from entropy_attn.integrations.statistics import (
+    SPARSE,
+    Recorder,
+    count_visible_blocks,
+    note_traced,
+)
+from entropy_attn.selection import select_blocks
+
+
+class Layer(Protocol):
+    """What an adapter calls in place of a model's attention."""
+
+    name: str
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """(B, Hq, Nq, D), any strides."""
+        ...
+
+
+class SparseLayer:
+    """One attention layer with its settings and its statistics.
+
+    Args:
+        name: of the attention module in the model.
+        config: the settings of this layer.
+        dense: always run dense.
+    """
+
+    def __init__(self, name: str, config: SparsityConfig, dense: bool) -> None:
+        self.name = name
+        self.config = config
+        self.dense = dense
+        self.recorder = Recorder()
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        if call.explicit_mask is not None:
+            return self._attend_explicit(call)
+        if call.packing is not None:
+            return call.packing.attend(call, self.attend)
+        reason = self._reason_for_dense(call)
+        self._record(reason or SPARSE, call)
+        if reason is not None:
+            return attend_dense(call, self.config.backend)
+        return self._attend_sparse(call)
+
+    def _reason_for_dense(self, call: AttentionCall) -> str | None:
+        """Only sizes decide: the lengths of a padded batch stay on the device."""
+        if self.dense:
+            return "the layer is in dense_layers"
+        if call.q_len < self.config.min_queries:
+            return f"fewer than min_queries={self.config.min_queries} queries"
+        if call.kv_len < self.config.min_length:
+            return f"fewer than min_length={self.config.min_length} keys"
+        return None
+
+    def _attend_sparse(self, call: AttentionCall) -> Tensor:
+        config = self.config
+        call, place = valid_first(call)
+        with torch.no_grad():
+            mask = select_blocks(
+                call.query,
+                call.key,
+                block_size=config.block_size,
+                scorer=config.scorer,
+                budget=config.budget,
+                sink=config.sink,
+                local=config.local,
+                backend=config.backend,
+                **call.geometry,
+            )
+        if not torch.compiler.is_compiling():
+            self._record_density(call, mask)
+        out = block_sparse_attention(
+            call.query, call.key, call.value, mask, **call.geometry, backend=config.backend
+        )
+        return restore(out, place)
+
+    def _attend_explicit(self, call: AttentionCall) -> Tensor:
+        if self.config.explicit_mask == "raise":
+            raise ValueError(
+                f"{self.name} was given attn_mask of shape {tuple(call.explicit_mask.shape)} and "
+                f"dtype {call.explicit_mask.dtype}, which a block list cannot express. Pass a 2D "
+                "padding mask, or SparsityConfig(explicit_mask='dense') to run such calls dense "
+                "under that mask"
+            )
+        self._record("an explicit mask is given and explicit_mask='dense'", call)
+        return attend_explicit(call)
+
+    def _record(self, reason: str, call: AttentionCall) -> None:
+        if torch.compiler.is_compiling():
+            note_traced(self.recorder, reason)
+        else:
+            self.recorder.call(reason, call.kv_len)
+
+    def _record_density(self, call: AttentionCall, mask) -> None:
+        batch, heads = call.query.shape[:2]
+        visible = count_visible_blocks(
+            batch,
+            call.q_len,
+            call.kv_len,
+            mask.block_size,
+            is_causal=call.is_causal,
+            window=call.window,
+            kv_lens=call.kv_lens,
+            q_lens=call.q_lens,
+        )
+        self.recorder.density(mask, batch, heads, visible)

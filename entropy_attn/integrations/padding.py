@@ -1,0 +1,109 @@
+"""Padding: which keys are valid and where the queries stand, as one small tensor of codes.
+
+A mask function sees the offsets of the cache, an attention function sees the keys, and only one
+tensor travels between them. So each key gets a code, (B, Nk) int8, a sum of
+
+    VALID = 1   the key may be attended to,
+    QUERY = 2   a query of this call stands at this key (it may itself be padding).
+
+With them causal attention and windows are exact for padding on either side, for chunks of a
+prefill and for static caches whose keys run past the last query. All work stays on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from entropy_attn.integrations.call import AttentionCall
+from entropy_attn.reference.dense import visible_pairs
+
+VALID, QUERY = 1, 2
+
+
+def codes_from_validity(valid: Tensor, q_len: int) -> Tensor:
+    """Codes of a plain padding mask (B, Nk), nonzero where valid; the queries are the last keys."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    query = column >= valid.shape[1] - q_len
+    return encode(valid != 0, query)
+
+
+def encode(valid: Tensor, query: Tensor) -> Tensor:
+    """Codes from two boolean tensors that broadcast to (B, Nk)."""
+    return (valid.to(torch.int8) * VALID + query.to(torch.int8) * QUERY).contiguous()
+
+
+def query_columns(codes: Tensor, q_len: int) -> Tensor:
+    """(B, Nq) int64: at which key each query stands."""
+    first = (codes >= QUERY).to(torch.int8).argmax(1, keepdim=True)
+    column = first + torch.arange(q_len, device=codes.device)
+    return column.clamp(max=codes.shape[1] - 1)
+
+
+def visible(call: AttentionCall) -> Tensor:
+    """(B, 1, Nq, Nk) bool: the mask of a call as a matrix, for calls that are small."""
+    if call.codes is None:
+        return visible_pairs(
+            call.query.shape[0],
+            call.q_len,
+            call.kv_len,
+            is_causal=call.is_causal,
+            window=call.window,
+            kv_lens=call.kv_lens,
+            q_lens=call.q_lens,
+            device=call.query.device,
+        )
+    mask = (call.codes & VALID).bool()[:, None, None, :]
+    if call.is_causal:
+        position = query_columns(call.codes, call.q_len)[:, None, :, None]
+        column = torch.arange(call.kv_len, device=mask.device)
+        mask = mask & (column <= position)
+        if call.window is not None:
+            mask = mask & (position - column < call.window)
+    return mask.expand(-1, -1, call.q_len, -1)
+
+
+def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
+    """Move the valid tokens to the front, so that lengths describe the padding.
+
+    Returns:
+        The call with ``kv_lens`` and ``q_lens`` in place of ``codes``, and where each query went,
+        (B, Nq) int64, for `restore`; None if the queries did not move.
+    """
+    if call.codes is None:
+        return call, None
+    valid = (call.codes & VALID).bool()
+    kv_order, _ = _stable_partition(valid)
+    moved = {
+        "key": _take(call.key, kv_order),
+        "value": _take(call.value, kv_order),
+        "kv_lens": valid.sum(1, dtype=torch.int32),
+        "codes": None,
+    }
+    if not call.is_causal and call.q_len != call.kv_len:  # cross-attention: every query counts
+        return replace(call, **moved), None
+    q_valid = valid.gather(1, query_columns(call.codes, call.q_len))
+    q_order, q_place = _stable_partition(q_valid)
+    moved |= {"query": _take(call.query, q_order), "q_lens": q_valid.sum(1, dtype=torch.int32)}
+    return replace(call, **moved), q_place
+
+
+def restore(out: Tensor, place: Tensor | None) -> Tensor:
+    """Move the rows of (B, H, Nq, D) back to where `valid_first` found them."""
+    return out if place is None else _take(out, place)
+
+
+def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row of the valid-first order comes from, and the inverse; both (B, N) int64."""
+    count = valid.sum(1, keepdim=True)
+    ahead, behind = valid.cumsum(1) - 1, count + (~valid).cumsum(1) - 1
+    place = torch.where(valid, ahead, behind)
+    source = torch.arange(valid.shape[1], device=valid.device).expand_as(place)
+    return torch.empty_like(place).scatter_(1, place, source), place
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, N) of each head of (B, H, N, D)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

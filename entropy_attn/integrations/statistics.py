@@ -1,0 +1,190 @@
+"""What the layers of a model did: calls, sparse or dense and why, density, lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from entropy_attn.integrations.table import render
+from entropy_attn.masks import BlockMask
+
+SPARSE = "sparse"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Attributes:
+    name: of the attention module.
+    sparse: calls that ran sparse.
+    dense: calls that ran dense, by reason.
+    compiled: what torch.compile put into its graphs, by reason, once a trace; the runs of a
+        graph are not counted.
+    density: blocks visited over blocks with a visible pair, over all sparse calls; None
+        without such a call.
+    kv_len: shortest and longest keys of a call, in tokens; None without a call.
+    """
+
+    name: str
+    sparse: int
+    dense: dict[str, int]
+    compiled: dict[str, int]
+    density: float | None
+    kv_len: tuple[int, int] | None
+
+    @property
+    def calls(self) -> int:
+        return self.sparse + sum(self.dense.values())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of every layer; ``str()`` gives a table."""
+
+    layers: tuple[LayerStatistics, ...]
+
+    @property
+    def sparse(self) -> int:
+        return sum(layer.sparse for layer in self.layers)
+
+    @property
+    def dense(self) -> dict[str, int]:
+        return dict(sum((Counter(layer.dense) for layer in self.layers), Counter()))
+
+    @property
+    def density(self) -> float | None:
+        """Mean over the layers that ran sparse."""
+        known = [layer.density for layer in self.layers if layer.density is not None]
+        return sum(known) / len(known) if known else None
+
+    def __str__(self) -> str:
+        columns = ("layer", "sparse", "dense", "density", "keys")
+        rows = [
+            (
+                layer.name,
+                str(layer.sparse) + _traced(layer.compiled, sparse=True),
+                str(sum(layer.dense.values())) + _traced(layer.compiled, sparse=False),
+                "-" if layer.density is None else f"{layer.density:.3f}",
+                "-" if layer.kv_len is None else "{}..{}".format(*layer.kv_len),
+            )
+            for layer in self.layers
+        ]
+        notes = [f"dense, {count} calls: {reason}" for reason, count in self.dense.items()]
+        if any(layer.compiled for layer in self.layers):
+            notes.append("+n: in a graph of torch.compile, whose runs are not counted")
+        return render("attention calls", columns, rows, notes)
+
+
+def _traced(compiled: dict[str, int], sparse: bool) -> str:
+    count = sum(n for reason, n in compiled.items() if (reason == SPARSE) == sparse)
+    return f" +{count}" if count else ""
+
+
+class Recorder:
+    """Counts the calls of one layer without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.compiled: Counter[str] = Counter()
+        self.kv_len: tuple[int, int] | None = None
+        self._kept: Tensor | None = None
+        self._visible: Tensor | float = 0
+
+    def call(self, reason: str, kv_len: int) -> None:
+        """One call; ``reason`` is SPARSE or why it runs dense."""
+        self.calls[reason] += 1
+        low, high = self.kv_len or (kv_len, kv_len)
+        self.kv_len = (min(low, kv_len), max(high, kv_len))
+
+    @torch.no_grad()
+    def density(self, mask: BlockMask, batch: int, heads: int, visible: Tensor | int) -> None:
+        """Add a block mask; ``visible`` is the number of blocks with a visible pair, one head."""
+        mask_batch, mask_heads = mask.kv_num_blocks.shape[:2]
+        kept = mask.kv_num_blocks.sum(dtype=torch.float64)
+        kept = kept * ((batch // mask_batch) * (heads // mask_heads))
+        self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
+        self._visible = self._visible + visible * heads
+
+    def read(self, name: str) -> LayerStatistics:
+        """Waits for the device."""
+        dense = {reason: n for reason, n in self.calls.items() if reason != SPARSE}
+        density = None
+        if self._kept is not None:
+            density = float(self._kept) / max(float(self._visible), 1.0)
+        return LayerStatistics(
+            name, self.calls[SPARSE], dense, dict(self.compiled), density, self.kv_len
+        )
+
+
+@torch.compiler.assume_constant_result
+def note_traced(recorder: Recorder, reason: str) -> None:
+    """Runs when torch.compile traces a call, not when the graph runs."""
+    recorder.compiled[reason] += 1
+
+
+def count_visible_blocks(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    block_size: tuple[int, int],
+    *,
+    is_causal: bool,
+    window: int | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+) -> Tensor | int:
+    """Blocks with a visible pair over the batch, of one head: an int, or a tensor with lengths."""
+    if kv_lens is None and q_lens is None:
+        return batch * _visible_blocks_without_lens(q_len, kv_len, block_size, is_causal, window)
+    return visible_blocks(
+        q_len, kv_len, block_size, is_causal=is_causal, window=window, kv_lens=kv_lens,
+        q_lens=q_lens, batch=batch,
+    ).sum()  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _visible_blocks_without_lens(q_len, kv_len, block_size, is_causal, window) -> int:
+    counts = visible_blocks(q_len, kv_len, block_size, is_causal=is_causal, window=window)
+    return int(counts.sum())
+
+
+def visible_blocks(
+    q_len: int,
+    kv_len: int,
+    block_size: tuple[int, int],
+    *,
+    is_causal: bool,
+    window: int | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    batch: int = 1,
+) -> Tensor:
+    """(B, Mq) int64: how many blocks of keys hold a key that a block of queries may see."""
+    block_q, block_k = block_size
+    lengths = kv_lens if kv_lens is not None else q_lens
+    device = None if lengths is None else lengths.device
+    k_end = _column(kv_lens, batch, kv_len, device)
+    q_end = _column(q_lens, batch, q_len, device)
+    first = torch.arange(0, q_len, block_q, device=device)[None, :]
+    last = torch.minimum(first + block_q, q_end) - 1  # last valid query of the block
+    offset = k_end - q_end
+    low = torch.zeros_like(last)
+    high = (k_end - 1).expand_as(last)
+    if is_causal:
+        high = torch.minimum(high, last + offset)
+        if window is not None:
+            low = (first + offset - window + 1).clamp(min=0)
+    count = high.div(block_k, rounding_mode="floor") - low.div(block_k, rounding_mode="floor") + 1
+    return torch.where((last >= first) & (high >= low), count, 0)
+
+
+def _column(lengths: Tensor | None, batch: int, default: int, device) -> Tensor:
+    if lengths is None:
+        return torch.full((batch, 1), default, dtype=torch.int64, device=device)
+    return lengths.to(torch.int64)[:, None]

@@ -1,0 +1,296 @@
+"""transformers: the attention function behind ``attn_implementation="entropy_attn"``.
+
+This module does not import transformers before it is asked to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from entropy_attn.integrations.call import AttentionCall
+from entropy_attn.integrations.layer import Layer
+from entropy_attn.integrations.packing import (
+    Packing,
+    PackingCache,
+    packing_from_cumulative,
+    packing_from_segments,
+)
+from entropy_attn.integrations.padding import codes_from_validity
+from entropy_attn.integrations.transformers_masks import token_codes
+
+NAME = "entropy_attn"
+# Attribute of an attention module that holds its `Layer`.
+ATTRIBUTE = "_entropy_attn_layer"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+# Arguments that change what attention computes and that block-sparse attention does not know.
+UNSUPPORTED = {
+    "softcap": "a softcap on the scores (Gemma 2)",
+    "s_aux": "learned attention sinks (GPT-OSS)",
+    "sinks": "learned attention sinks",
+    "position_bias": "a bias added to the scores (T5)",
+    "alibi": "a bias added to the scores (ALiBi)",
+    "indices": "a selection of keys of its own (DeepSeek V3.2)",
+    "block_indices": "a selection of blocks of its own (MiniMax M3)",
+    "head_mask": "a mask over heads",
+    "cache": "a paged cache (generate_batch)",
+}
+
+_packings = PackingCache()
+# Models that were built for NAME; a layer without settings looks here for the model it is in.
+_models: WeakSet[nn.Module] = WeakSet()
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that is registered with transformers; its arguments are theirs.
+
+    Args:
+        query: (B, Hq, Nq, D), a transposed view; key, value: (B, Hkv, Nk, D), not repeated.
+        attention_mask: what `token_codes` returned, a plain 2D padding mask, or a user's 4D mask.
+
+    Returns:
+        out (B, Nq, Hq, D), contiguous, and None for the attention weights, which never exist.
+
+    Raises:
+        ValueError: an argument that this attention does not implement; nothing is ignored.
+    """
+    _check_supported(module, dropout, kwargs)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        is_causal=is_causal,
+        scale=scaling,
+        window=sliding_window,
+        **_mask_arguments(module, attention_mask, query, kwargs),
+    )
+    layer = getattr(module, ATTRIBUTE, None)
+    if layer is None:
+        layer = _settle(module)
+    return layer.attend(call).transpose(1, 2).contiguous(), None
+
+
+def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    kind = type(module).__name__
+    for name, meaning in UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{kind} passes {name}: {meaning}, which entropy_attn does not support. Load this "
+                'model with attn_implementation="sdpa" or "eager"'
+            )
+    if dropout:
+        raise ValueError(
+            f"{kind} passes dropout={dropout}: entropy_attn has no attention dropout. Set the "
+            "model's attention dropout to 0, or call model.eval()"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True asks for attention weights, which entropy_attn never forms. "
+            'Use ea.observe(model) for their entropies, or attn_implementation="eager"'
+        )
+
+
+def _mask_arguments(
+    module: nn.Module, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of `AttentionCall` that say which keys are valid."""
+    cumulative = kwargs.get("cu_seq_lens_q")
+    if cumulative is not None:
+        return {"packing": _packing_from_cumulative(cumulative, mask, query, kwargs)}
+    if mask is None:
+        return {}
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        shape = getattr(mask, "shape", type(mask).__name__)
+        raise ValueError(f"{type(module).__name__} passes an attention mask of shape {shape}")
+    if mask.ndim == 4:
+        return {"explicit_mask": mask}
+    if mask.dtype == torch.int8:
+        return {"codes": mask}
+    if mask.dtype == torch.int32:
+        return {"packing": _packings.get(mask, lambda: packing_from_segments(mask))}
+    return {"codes": codes_from_validity(mask, query.shape[2])}
+
+
+def _packing_from_cumulative(
+    cumulative: Tensor, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]
+) -> Packing:
+    if torch.compiler.is_compiling():
+        raise ValueError("cu_seq_lens_q is not supported under torch.compile")
+    keys = kwargs.get("cu_seq_lens_k")
+    if keys is not None and keys is not cumulative and not torch.equal(keys, cumulative):
+        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q; they must be equal")
+    if mask is not None and mask.dtype != torch.int32:
+        raise ValueError("attention_mask and cu_seq_lens_q are both given; pass one of them")
+    tokens = query.shape[0] * query.shape[2]
+    return _packings.get(cumulative, lambda: packing_from_cumulative(cumulative, tokens))
+
+
+# --- where attention runs in a model ------------------------------------------------------------
+
+
+@functools.cache
+def uses_interface(cls: type[nn.Module]) -> bool:
+    """Whether the code of a module class looks its attention up in transformers' registry."""
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            if code is not None and REGISTRY in code.co_names:
+                return True
+    return False
+
+
+class TransformersSite:
+    """An attention module of transformers."""
+
+    def __init__(self, name: str, module: nn.Module, configs: list[Any]) -> None:
+        self.name = name
+        self.module = module
+        self._configs = configs
+
+    def install(self, layer: Layer, undo: ExitStack) -> None:
+        for config in self._configs:
+            before = config._attn_implementation_internal
+            if before != NAME:
+                config._attn_implementation_internal = NAME
+                undo.callback(setattr, config, "_attn_implementation_internal", before)
+        attributes = self.module.__dict__
+        before_layer = attributes.get(ATTRIBUTE)
+        attributes[ATTRIBUTE] = layer
+
+        def take_out() -> None:
+            if attributes.get(ATTRIBUTE) is not layer:
+                raise RuntimeError(
+                    f"the attention of {self.name} was replaced again; remove that handle first"
+                )
+            if before_layer is None:
+                del attributes[ATTRIBUTE]
+            else:
+                attributes[ATTRIBUTE] = before_layer
+
+        undo.callback(take_out)
+
+
+def find_sites(model: nn.Module) -> list[TransformersSite]:
+    """The attention modules of every transformers model in ``model``, itself included."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    register()
+    roots = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    sites = []
+    for name, module in model.named_modules():
+        if not uses_interface(type(module)):
+            continue
+        # The registry is asked with the module's config, masks are made with the models' configs.
+        around = [m for n, m in roots.items() if not n or name == n or name.startswith(f"{n}.")]
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in (module, *around))}
+        kept = [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+        sites.append(TransformersSite(name, module, kept))
+    return sites
+
+
+@torch.compiler.assume_constant_result
+def _settle(module: nn.Module) -> Layer:
+    """Give settings to the model of ``module``, which was loaded without `ea.apply`."""
+    from entropy_attn.config import SparsityConfig
+    from entropy_attn.integrations.handle import make_layers, saved_config
+    from entropy_attn.integrations.sites import check_reach
+
+    models = [model for model in list(_models) if any(m is module for m in model.modules())]
+    if not models:  # an attention module on its own, or a copy of a model that never ran
+        config = saved_config(module) or SparsityConfig()
+        if config.is_per_layer:
+            raise RuntimeError(
+                f"the settings differ by layer and the model of {type(module).__name__} is not "
+                "known; call ea.apply(model) once after building or copying it"
+            )
+        sites = [TransformersSite(type(module).__name__, module, [])]
+        layers = make_layers(sites, config)
+    else:
+        model = max(models, key=lambda m: sum(1 for _ in m.modules()))
+        sites = find_sites(model)
+        check_reach(model, sites, partial=False)
+        layers = make_layers(sites, saved_config(model) or SparsityConfig())
+    for site, layer in zip(sites, layers, strict=True):
+        site.module.__dict__.setdefault(ATTRIBUTE, layer)
+    return module.__dict__[ATTRIBUTE]
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Register with transformers; idempotent.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
+
+        known = PreTrainedModel.get_correct_attn_implementation
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"transformers >= 4.56 is needed ({error})") from error
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, token_codes)
+    if getattr(known, "checks_entropy_attn", False):
+        return
+
+    @functools.wraps(known)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        # transformers accepts any registered name for any model, also for one that never looks
+        # its attention up: that one would run dense without a word.
+        if requested_attention == NAME:
+            check_model_class(type(self))
+            _models.add(self)
+        return known(self, requested_attention, *args, **kwargs)
+
+    get_correct_attn_implementation.checks_entropy_attn = True
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def check_model_class(cls: type[nn.Module]) -> None:
+    """That the attention classes beside a model class use the registry.
+
+    Raises:
+        ValueError: names those that do not, if none does.
+    """
+    source = sys.modules.get(cls.__module__)
+    attention = [
+        member
+        for name, member in vars(source).items()
+        if inspect.isclass(member)
+        and issubclass(member, nn.Module)
+        and "Attention" in name
+        and member.__module__ == cls.__module__
+    ]
+    if attention and not any(uses_interface(member) for member in attention):
+        names = ", ".join(sorted(member.__name__ for member in attention))
+        raise ValueError(
+            f'{cls.__name__} cannot run with attn_implementation="{NAME}": its attention ({names}) '
+            "does not go through transformers' AttentionInterface and would stay dense"
+        )

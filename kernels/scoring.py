@@ -1,0 +1,376 @@
+"""Predicted attention mass of tiles, from groups of tokens instead of tokens.
+
+Keys and queries are taken in groups of GROUP consecutive tokens. With c(g, n) the score of query
+group g and key group n, w_n the number of valid tokens in n and V(g) the key groups that some
+query of g sees, the predicted attention of g is p(g, n) = w_n exp c(g, n) / sum over m in V(g) of
+w_m exp c(g, m). A tile's mass sums it over the tile's key groups, then takes the mean or the
+maximum over the tile's query groups.
+
+    mean pooling   c(g, n) = scale * mean of the queries . mean of the keys; the means come from
+                   `pool_tokens`, so there is one row a group (TAPS = 1).
+    antidiagonals  c(g, n) = scale / GROUP * sum over t of q_(GROUP-1-t) . k_t, the score of
+                   XAttention (Xu et al., arXiv 2503.16428); the sum over t runs inside the
+                   kernel (TAPS = GROUP).
+
+The scores of a tile are never stored. One program takes ROWS query groups of one head through
+all key groups once, leaving the log-sum-exp of each (query group, key block) in a workspace; it
+then knows each row's total, and turns what it wrote (still in the L2 cache) into mass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import architecture, device_of, dot_precision, padded_head_dim
+from entropy_attn.kernels.primitives import (
+    LOG2_E,
+    head_base,
+    load_tile,
+    store_tile,
+    tile_offsets,
+    valid_length,
+)
+
+# Loads of a loop that are issued together.
+UNROLL = 8
+# Key blocks that the second phase handles at a time.
+BLOCK_CHUNK = 128
+
+
+@triton.jit
+def _mean_of_groups(
+    tokens_ptr, means_ptr, lens_ptr, strides, heads, length, groups, program,
+    POOL: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_LENS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Means of ROWS groups of one head; a group without a valid token has mean 0."""
+    chunks = tl.cdiv(groups, ROWS)
+    batch_head = program // chunks
+    batch = batch_head // heads
+    end = valid_length(lens_ptr, batch, length, HAS_LENS)
+    rows = (program % chunks) * ROWS + tl.arange(0, ROWS)
+    base = head_base(tokens_ptr, batch, batch_head % heads, strides[0], strides[1])
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, POOL, STEP):
+        for t in tl.static_range(STEP):
+            token = rows * POOL + start + t
+            pointers = base + tile_offsets(token, strides[2], BLOCK_D, strides[3])
+            total += load_tile(pointers, token, end, HEAD_DIM, BLOCK_D, True).to(tl.float32)
+    count = tl.minimum(tl.maximum(end - rows * POOL, 1), POOL)
+    mean = total / count.to(tl.float32)[:, None]
+    out = means_ptr + batch_head.to(tl.int64) * groups * HEAD_DIM
+    store_tile(out + tile_offsets(rows, HEAD_DIM, BLOCK_D, 1), mean, rows, groups, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _pool_kernel(
+    query_ptr, key_ptr, query_means_ptr, key_means_ptr, q_lens_ptr, kv_lens_ptr,
+    query_strides, key_strides, q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
+    query_programs,
+    POOL: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, HAS_KV_LENS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < query_programs:
+        _mean_of_groups(
+            query_ptr, query_means_ptr, q_lens_ptr, query_strides, q_heads, q_len, q_groups,
+            program, POOL, ROWS, HEAD_DIM, BLOCK_D, HAS_Q_LENS, STEP,
+        )  # fmt: skip
+    else:
+        _mean_of_groups(
+            key_ptr, key_means_ptr, kv_lens_ptr, key_strides, kv_heads, kv_len, kv_groups,
+            program - query_programs, POOL, ROWS, HEAD_DIM, BLOCK_D, HAS_KV_LENS, STEP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _visible_groups(
+    scores, groups, key_groups, q_end, kv_end, window,
+    GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(M, N) scores in base 2 plus log2 of the key group's share of valid tokens; -inf where no
+    query of the one group sees a key of the other."""
+    first_key = key_groups * GROUP
+    valid = tl.minimum(kv_end - first_key, GROUP)
+    share = tl.maximum(valid, 1).to(tl.float32) / GROUP
+    visible = (valid > 0)[None, :]
+    if IS_CAUSAL:
+        last_position = tl.minimum(groups * GROUP + GROUP, q_end) - 1 + (kv_end - q_end)
+        visible = visible & (first_key[None, :] <= last_position[:, None])
+    if HAS_WINDOW:
+        first_position = groups * GROUP + (kv_end - q_end)
+        last_key = first_key + valid - 1
+        visible = visible & (first_position[:, None] - last_key[None, :] < window)
+    return tl.where(visible, scores + tl.log2(share)[None, :], float("-inf"))
+
+
+@triton.jit
+def _partial_sums(
+    maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
+    partial_stride, groups, first, last, q_end, kv_end, window, scale_log2,
+    GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the query groups through steps [first, last) of COLS key groups each.
+
+    Args:
+        maximum, total: (M,) running maximum (base 2) and sum of each row, as in online softmax.
+        query: (M, D) if TAPS is 1, else unused: the loop over taps loads its own.
+        partial_base: where the program's (ROWS, partial_stride) log-sum-exps go.
+    """
+    PER_BLOCK: tl.constexpr = BLOCK_K // GROUP
+    BLOCKS: tl.constexpr = COLS // PER_BLOCK
+    lane = tl.arange(0, COLS)
+    out_offsets = tl.arange(0, ROWS)[:, None] * partial_stride + tl.arange(0, BLOCKS)[None, :]
+    # Rows of the tensors that hold valid tokens.
+    key_end = tl.cdiv(kv_end * TAPS, GROUP)
+    query_end = tl.cdiv(q_end * TAPS, GROUP)
+    key_offsets = tile_offsets(lane * TAPS, key_strides[2], BLOCK_D, key_strides[3])
+    for step in range(first, last):
+        start = step * COLS * TAPS
+        key_step = key_base + start.to(tl.int64) * key_strides[2]
+        if TAPS == 1:
+            key = load_tile(key_step + key_offsets, start + lane, key_end, HEAD_DIM, BLOCK_D, MASKED)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+        else:
+            scores = tl.zeros([ROWS, COLS], tl.float32)
+            for tap in range(TAPS):
+                rows = groups * TAPS + (TAPS - 1 - tap)
+                offsets = tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
+                taken = load_tile(query_base + offsets, rows, query_end, HEAD_DIM, BLOCK_D, True)
+                key = load_tile(
+                    key_step + tap * key_strides[2] + key_offsets, start + lane * TAPS + tap,
+                    key_end, HEAD_DIM, BLOCK_D, MASKED,
+                )  # fmt: skip
+                scores = tl.dot(taken, tl.trans(key), scores, input_precision=PRECISION)
+        scores = scores * scale_log2
+        if MASKED:
+            scores = _visible_groups(
+                scores, groups, step * COLS + lane, q_end, kv_end, window,
+                GROUP, IS_CAUSAL, HAS_WINDOW,
+            )  # fmt: skip
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # A row that has seen no key yet: -inf - -inf would be NaN.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        p = tl.exp2(scores - reference[:, None])  # (M, N)
+        blocks = tl.sum(tl.reshape(p, (ROWS, BLOCKS, PER_BLOCK)), 2)  # (M, BLOCKS)
+        logs = reference[:, None] + tl.log2(tl.where(blocks > 0.0, blocks, 1.0))
+        logs = tl.where(blocks > 0.0, logs, float("-inf"))
+        tl.store(partial_base + step * BLOCKS + out_offsets, logs)
+        total = total * tl.exp2(maximum - reference) + tl.sum(blocks, 1)
+        maximum = new_maximum
+    return maximum, total
+
+
+@triton.jit
+def _score_kernel(
+    query_ptr, key_ptr, mass_ptr, partial_ptr, lse_ptr, q_lens_ptr, kv_lens_ptr,
+    query_strides, key_strides, partial_stride, heads, head_ratio, q_len, kv_len, kv_blocks,
+    first_tile, tiles, chunks, window, scale_log2,
+    GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, HAS_KV_LENS: tl.constexpr, TAKE_MAXIMUM: tl.constexpr,
+    PRECISION: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    PER_TILE: tl.constexpr = BLOCK_Q // GROUP
+    TILES: tl.constexpr = ROWS // PER_TILE
+    BLOCKS: tl.constexpr = COLS * GROUP // BLOCK_K
+    program = tl.program_id(0)
+    batch_head = program // chunks
+    chunk = program % chunks
+    if IS_CAUSAL:
+        chunk = chunks - 1 - chunk  # the last tiles have the most work, they start first
+    batch = batch_head // heads
+    head = batch_head % heads
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+
+    # The keys that some query of the program sees, in steps of COLS groups.
+    first_query = (first_tile + chunk * TILES) * BLOCK_Q
+    last_query = tl.minimum(first_query + ROWS * GROUP, q_end) - 1
+    offset = kv_end - q_end
+    step_tokens = COLS * GROUP
+    first = 0
+    key_end = kv_end
+    full = kv_end // step_tokens
+    if IS_CAUSAL:
+        # Floor division of a negative number rounds to zero in Triton, hence the maxima.
+        key_end = tl.minimum(kv_end, tl.maximum(last_query + offset + 1, 0))
+        full = tl.minimum(full, tl.maximum(first_query + offset + 1, 0) // step_tokens)
+    last = tl.cdiv(key_end, step_tokens)
+    if HAS_WINDOW:
+        first = tl.maximum(first_query + offset - window + 1, 0) // step_tokens
+        full = first
+    if first_query >= q_end:
+        last = first
+        full = first
+
+    groups = first_query // GROUP + tl.arange(0, ROWS)  # (M,)
+    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+    key_base = head_base(key_ptr, batch, head // head_ratio, key_strides[0], key_strides[1])
+    query = tl.zeros([ROWS, BLOCK_D], query_ptr.dtype.element_ty)
+    if TAPS == 1:
+        query_offsets = tile_offsets(groups, query_strides[2], BLOCK_D, query_strides[3])
+        query = load_tile(
+            query_base + query_offsets, groups, tl.cdiv(q_end, GROUP), HEAD_DIM, BLOCK_D, True
+        )
+    partial_base = partial_ptr + program.to(tl.int64) * ROWS * partial_stride
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    maximum, total = _partial_sums(
+        maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
+        partial_stride, groups, first, full, q_end, kv_end, window, scale_log2,
+        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, False, PRECISION,
+    )  # fmt: skip
+    maximum, total = _partial_sums(
+        maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
+        partial_stride, groups, full, last, q_end, kv_end, window, scale_log2,
+        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, True, PRECISION,
+    )  # fmt: skip
+    dead = (total == 0.0) | (groups * GROUP >= q_end)
+    lse = tl.where(dead, float("-inf"), maximum + tl.log2(tl.where(dead, 1.0, total)))
+    lse_base = lse_ptr + program.to(tl.int64) * ROWS
+    tl.store(lse_base + tl.arange(0, ROWS), lse)
+
+    # What one thread of the program wrote, another reads below.
+    tl.debug_barrier()
+    lane = tl.arange(0, TILES)
+    mass_base = mass_ptr + (batch_head.to(tl.int64) * tiles + chunk * TILES) * kv_blocks
+    mass_rows = mass_base + lane.to(tl.int64)[:, None] * kv_blocks
+    for start in range(0, kv_blocks, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        written = ((blocks >= first * BLOCKS) & (blocks < last * BLOCKS))[None, :]
+        mass = tl.zeros([TILES, CHUNK], tl.float32)
+        alive = tl.zeros([TILES], tl.float32)
+        for begin in range(0, PER_TILE, STEP):
+            for g in tl.static_range(STEP):
+                rows = lane * PER_TILE + begin + g
+                row_lse = tl.load(lse_base + rows)
+                seen = row_lse != float("-inf")
+                pointers = partial_base + rows[:, None] * partial_stride + blocks[None, :]
+                logs = tl.load(pointers, mask=written & seen[:, None], other=float("-inf"))
+                p = tl.exp2(logs - tl.where(seen, row_lse, 0.0)[:, None])
+                alive += seen.to(tl.float32)
+                if TAKE_MAXIMUM:
+                    mass = tl.maximum(mass, p, propagate_nan=tl.PropagateNan.ALL)
+                else:
+                    mass += p
+        if not TAKE_MAXIMUM:
+            mass = mass / tl.maximum(alive, 1.0)[:, None]
+        stored = (chunk * TILES + lane < tiles)[:, None] & (blocks < kv_blocks)[None, :]
+        tl.store(mass_rows + blocks[None, :], mass, mask=stored)
+
+
+def pool_tokens(
+    query: Tensor, key: Tensor, q_lens: Tensor | None, kv_lens: Tensor | None, pool: int
+) -> tuple[Tensor, Tensor]:
+    """Means of groups of ``pool`` valid tokens, in one launch.
+
+    Returns:
+        (B, Hq, ceil(Nq / pool), D) and (B, Hkv, ceil(Nk / pool), D), contiguous, in the dtype of
+        the inputs; means are taken in fp32.
+    """
+    batch, q_heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    q_groups, kv_groups = triton.cdiv(q_len, pool), triton.cdiv(kv_len, pool)
+    query_means = query.new_empty(batch, q_heads, q_groups, head_dim)
+    key_means = key.new_empty(batch, kv_heads, kv_groups, head_dim)
+    block_d = padded_head_dim(head_dim)
+    # 16 KB of means in fp32: 32 registers a thread.
+    rows = max(1, 4096 // block_d)
+    query_programs = batch * q_heads * triton.cdiv(q_groups, rows)
+    programs = query_programs + batch * kv_heads * triton.cdiv(kv_groups, rows)
+    if programs == 0:
+        return query_means, key_means
+    with device_of(query):
+        _pool_kernel[(programs,)](
+            query, key, query_means, key_means, q_lens, kv_lens,
+            query.stride(), key.stride(), q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
+            query_programs,
+            POOL=pool, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
+            STEP=min(UNROLL, pool), num_warps=4,
+        )  # fmt: skip
+    return query_means, key_means
+
+
+def _launch_shape(
+    query: Tensor, per_tile: int, per_block: int, row_groups: int
+) -> tuple[int, int, int, int]:
+    """(ROWS, COLS, num_warps, num_stages) of the scoring kernel."""
+    row_bytes = padded_head_dim(query.shape[3]) * query.element_size()
+    size = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
+    rows, cols = max(size, per_tile), max(size, per_block)
+    # Too few programs to fill a GPU: smaller ones.
+    if query.shape[0] * query.shape[1] * row_groups < 256 * rows:
+        rows = max(rows // 2, per_tile, 16)
+    shared = 200_000 if architecture(query.device) in ("sm90", "sm100") else 96_000
+    stages = (shared - rows * row_bytes) // (cols * row_bytes)
+    return rows, cols, 8 if rows * cols > 8192 else 4, min(3, max(1, stages))
+
+
+def score_tiles(
+    query: Tensor,
+    key: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    group: int,
+    taps: int,
+    take_maximum: bool,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    first_tile: int,
+    tiles: int,
+) -> Tensor:
+    """Predicted mass of ``tiles`` query tiles from ``first_tile`` on.
+
+    Args:
+        query, key: (B, Hq, ·, D), (B, Hkv, ·, D): group means if ``taps`` is 1, tokens if it is
+            ``group``.
+        q_len, kv_len: in tokens.
+        group: tokens a group, a power of two that divides both block sizes, at most 64 groups a
+            block.
+        window: tokens, 0 for none.
+
+    Returns:
+        (B, Hq, tiles, Mk) fp32; with ``take_maximum`` the rows do not sum to 1.
+    """
+    batch, heads, _, head_dim = query.shape
+    block_q, block_k = block_size
+    per_tile, per_block = block_q // group, block_k // group
+    kv_blocks = triton.cdiv(kv_len, block_k)
+    mass = torch.empty(
+        (batch, heads, tiles, kv_blocks), dtype=torch.float32, device=query.device
+    )
+    if mass.numel() == 0:
+        return mass
+    rows, cols, warps, stages = _launch_shape(query, per_tile, per_block, tiles * per_tile)
+    chunks = triton.cdiv(tiles * per_tile, rows)
+    programs = batch * heads * chunks
+    partial_stride = triton.cdiv(kv_blocks, cols // per_block) * (cols // per_block)
+    partial = mass.new_empty(programs, rows, partial_stride)
+    lse = mass.new_empty(programs, rows)
+    with device_of(query):
+        _score_kernel[(programs,)](
+            query, key, mass, partial, lse, q_lens, kv_lens,
+            query.stride(), key.stride(), partial_stride, heads, heads // key.shape[1],
+            q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
+            scale * LOG2_E / taps,
+            GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
+            CHUNK=min(BLOCK_CHUNK, triton.next_power_of_2(kv_blocks)),
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
+            HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
+            PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return mass
