@@ -40,14 +40,15 @@ class AttentionCase:
     def num_blocks(self) -> int:
         return -(-self.length // self.block)
 
+    @property
+    def shape(self) -> str:
+        """Size and kind without the mask, for people."""
+        return f"D={self.head_dim} N={self.length}" + (" causal" if self.is_causal else "")
+
     def __str__(self) -> str:
-        words = [f"D={self.head_dim}", f"N={self.length}"]
-        if self.density < 1:
-            words.append(f"density {self.density:g}, blocks of {self.block}")
-        else:
-            words.append("dense")
-        words += [name for name in ("is_causal", "irregular") if getattr(self, name)]
-        return f"{self.direction} {' '.join(words)}"
+        mask = "dense" if self.density == 1 else f"{self.density:g} of {self.block}-blocks"
+        irregular = " irregular" if self.irregular else ""
+        return f"{self.direction} {self.shape} {mask}{irregular}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -68,8 +68,9 @@ def frontier(curves: Mapping[str, Sequence[Point]], title: str, path: Path) -> N
         axes.set_xlabel("density: share of the causal tiles that are computed")
         axes.set_ylabel("change of perplexity")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, loc="left")
-        axes.margins(x=0.08, y=0.12)
+        axes.margins(x=0.12, y=0.12)
         axes.legend()
         _save(figure, path)
 
@@ -109,14 +110,14 @@ def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None
         rows[1, 0].set_ylabel("kept blocks\nquery tile")
         for axes in rows[1]:
             axes.set_xlabel("key block")
-        figure.colorbar(image, ax=rows[0], shrink=0.85, label="mean attention of the tile's queries")
+        figure.colorbar(
+            image, ax=rows[0], shrink=0.85, label="mean attention of the tile's queries"
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         _save(figure, path)
 
 
-def bars(
-    groups: Mapping[str, Mapping[str, float]], ylabel: str, title: str, path: Path
-) -> None:
+def bars(groups: Mapping[str, Mapping[str, float]], ylabel: str, title: str, path: Path) -> None:
     """Grouped bars: one group per case, one bar per contestant, in the order of first mention."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     with plt.rc_context(STYLE):
@@ -171,5 +172,3 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
-
-

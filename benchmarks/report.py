@@ -72,9 +72,7 @@ def _commit(record: Record) -> str:
     return (found["commit"] or "unknown")[:9] + ("+changes" if found["dirty"] else "")
 
 
-def _per_machine(
-    store: Store, suite: str, table: Callable[[list[Record]], str], **config
-) -> str:
+def _per_machine(store: Store, suite: str, table: Callable[[list[Record]], str], **config) -> str:
     parts = [
         f"{provenance(records)}\n\n{table(records)}"
         for _, records in by_machine(full_records(store, suite, **config))
@@ -228,7 +226,9 @@ def draw(store: Store, folder: Path) -> list[Path]:
         for machine, records in by_machine(full_records(store, "attention", direction=direction)):
             groups = {
                 title.replace(", ", "\n"): {
-                    name: r.result["tflops"] for name, r in case.items() if name != OURS_WITH_ENTROPY
+                    name: r.result["tflops"]
+                    for name, r in case.items()
+                    if name != OURS_WITH_ENTROPY
                 }
                 for title, case in cases_of(records).items()
             }

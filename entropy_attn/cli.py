@@ -29,6 +29,7 @@ Results = Annotated[
     Path | None,
     typer.Option(help="Folder of the result store [default: ENTROPY_ATTN_RESULTS or the repo's]."),
 ]
+Root = Annotated[Path, typer.Option(help="Repository whose README and docs are filled.")]
 
 
 @app.command()
@@ -107,17 +108,14 @@ def demo(
 @app.command()
 def report(
     results: Results = None,
-    root: Annotated[Path, typer.Option(help="Repository whose README and docs are filled.")] = Path(
-        "."
-    ),
+    root: Root = Path(),
 ) -> None:
     """Fill the tables of README and docs and draw the pictures, from the result store alone."""
     from entropy_attn.benchmarks import report as reporting
     from entropy_attn.benchmarks.store import Store
 
     store = Store(results)
-    pages = [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))]
-    for page in pages:
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         if not page.exists():
             continue
         before = page.read_text(encoding="utf-8")
@@ -166,5 +164,10 @@ def _progress() -> Iterator:
         yield lambda text: console.print(f"... {escape(text)}", style="dim", highlight=False)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What the installed command runs."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -161,7 +161,7 @@ def tile_mass(
     geometry = ((block_q, block_k), is_causal, window, scale)
     if backend == "reference":
         mass = reference.tile_mass(query, key, reference.Problem(*lists, *geometry))
-        return mass if return_mass else mass.new_zeros(0), reference.entropy(mass)
+        return mass if return_mass else mass.new_zeros(0), reference.entropy(mass).clamp(min=0)
     from entropy_attn.kernels.tile_mass import tile_mass as launch
 
     return launch(query, key, lse, *lists, *geometry, return_mass)

@@ -84,9 +84,10 @@ def plot_block_mask(
         bar = ax.figure.colorbar(image, ax=ax, label=label, shrink=0.85)
         bar.outline.set_visible(False)
     if path is not None:
-        ax.figure.savefig(path, dpi=160)
+        figure: Any = ax.figure.figure  # the whole, where the axes lie in a part of one
+        figure.savefig(path, dpi=160)
         if is_new:
-            pyplot.close(ax.figure)
+            pyplot.close(figure)
     return ax
 
 

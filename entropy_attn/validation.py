@@ -63,7 +63,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The scale as a float; head_dim ** -0.5 by default."""
     if scale is None:
         return head_dim**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from entropy_attn.kernels.launch import device_of
 from entropy_attn.kernels.primitives import valid_length
+from torch import Tensor
 
 RULES = ("count", "fraction", "mass", "perplexity")
 # A longer row of masses does not stay in registers: it is read again in every step.
@@ -144,9 +143,9 @@ def _keep_kernel(
         asked = above_count.to(tl.float32) + tl.maximum(ties, 1.0)
     else:
         asked = tl.ceil(perplexity * amount)
-    # No prediction: keep one. No finite one: all that the budget allows, so that nothing is lost.
-    asked = tl.where(total > 0.0, asked, 1.0)
-    asked = tl.where(total < float("inf"), asked, visible.to(tl.float32))
+    # The prediction is not finite: all that the budget allows, so that nothing is lost.
+    if RULE >= 2:
+        asked = tl.where(total < float("inf"), asked, visible.to(tl.float32))
     most = (visible.to(tl.float32) * max_density).to(tl.int32)
     asked = tl.minimum(asked, visible.to(tl.float32)).to(tl.int32)
     asked = tl.minimum(tl.maximum(tl.minimum(asked, most), min_blocks), visible)

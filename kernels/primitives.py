@@ -80,7 +80,7 @@ def list_base(
         )
         count = tl.load(counts + count_offset)
     else:
-        pointer = indices
+        pointer = 0  # never read; a function cannot return None
         count = 0
     return pointer, count
 

@@ -19,20 +19,26 @@ then knows each row's total, and turns what it wrote (still in the L2 cache) int
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from entropy_attn.kernels.launch import architecture, device_of, dot_precision, padded_head_dim
+from entropy_attn.kernels.launch import (
+    device_of,
+    dot_precision,
+    exponent_scale,
+    padded_head_dim,
+)
 from entropy_attn.kernels.primitives import (
-    LOG2_E,
+    NO_SCORE,
     head_base,
     load_tile,
     store_tile,
     tile_offsets,
     valid_length,
 )
+from torch import Tensor
 
 # Loads of a loop that are issued together.
 UNROLL = 8
@@ -62,7 +68,9 @@ def _mean_of_groups(
     count = tl.minimum(tl.maximum(end - rows * POOL, 1), POOL)
     mean = total / count.to(tl.float32)[:, None]
     out = means_ptr + batch_head.to(tl.int64) * groups * HEAD_DIM
-    store_tile(out + tile_offsets(rows, HEAD_DIM, BLOCK_D, 1), mean, rows, groups, HEAD_DIM, BLOCK_D)
+    store_tile(
+        out + tile_offsets(rows, HEAD_DIM, BLOCK_D, 1), mean, rows, groups, HEAD_DIM, BLOCK_D
+    )
 
 
 @triton.jit
@@ -134,7 +142,9 @@ def _partial_sums(
         start = step * COLS * TAPS
         key_step = key_base + start.to(tl.int64) * key_strides[2]
         if TAPS == 1:
-            key = load_tile(key_step + key_offsets, start + lane, key_end, HEAD_DIM, BLOCK_D, MASKED)
+            key = load_tile(
+                key_step + key_offsets, start + lane, key_end, HEAD_DIM, BLOCK_D, MASKED
+            )
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         else:
             scores = tl.zeros([ROWS, COLS], tl.float32)
@@ -154,14 +164,12 @@ def _partial_sums(
                 GROUP, IS_CAUSAL, HAS_WINDOW,
             )  # fmt: skip
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen no key yet: -inf - -inf would be NaN.
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        p = tl.exp2(scores - reference[:, None])  # (M, N)
+        p = tl.exp2(scores - new_maximum[:, None])  # (M, N)
         blocks = tl.sum(tl.reshape(p, (ROWS, BLOCKS, PER_BLOCK)), 2)  # (M, BLOCKS)
-        logs = reference[:, None] + tl.log2(tl.where(blocks > 0.0, blocks, 1.0))
+        logs = new_maximum[:, None] + tl.log2(tl.where(blocks > 0.0, blocks, 1.0))
         logs = tl.where(blocks > 0.0, logs, float("-inf"))
         tl.store(partial_base + step * BLOCKS + out_offsets, logs)
-        total = total * tl.exp2(maximum - reference) + tl.sum(blocks, 1)
+        total = total * tl.exp2(maximum - new_maximum) + tl.sum(blocks, 1)
         maximum = new_maximum
     return maximum, total
 
@@ -220,17 +228,19 @@ def _score_kernel(
             query_base + query_offsets, groups, tl.cdiv(q_end, GROUP), HEAD_DIM, BLOCK_D, True
         )
     partial_base = partial_ptr + program.to(tl.int64) * ROWS * partial_stride
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    maximum = tl.full([ROWS], NO_SCORE, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     maximum, total = _partial_sums(
         maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
         partial_stride, groups, first, full, q_end, kv_end, window, scale_log2,
-        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, False, PRECISION,
+        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, False,
+        PRECISION,
     )  # fmt: skip
     maximum, total = _partial_sums(
         maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
         partial_stride, groups, full, last, q_end, kv_end, window, scale_log2,
-        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, True, PRECISION,
+        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, True,
+        PRECISION,
     )  # fmt: skip
     dead = (total == 0.0) | (groups * GROUP >= q_end)
     lse = tl.where(dead, float("-inf"), maximum + tl.log2(tl.where(dead, 1.0, total)))
@@ -281,8 +291,7 @@ def pool_tokens(
     query_means = query.new_empty(batch, q_heads, q_groups, head_dim)
     key_means = key.new_empty(batch, kv_heads, kv_groups, head_dim)
     block_d = padded_head_dim(head_dim)
-    # 16 KB of means in fp32: 32 registers a thread.
-    rows = max(1, 4096 // block_d)
+    rows = max(1, 8192 // (block_d * query.element_size()))  # 64 bytes a thread and step
     query_programs = batch * q_heads * triton.cdiv(q_groups, rows)
     programs = query_programs + batch * kv_heads * triton.cdiv(kv_groups, rows)
     if programs == 0:
@@ -299,19 +308,30 @@ def pool_tokens(
     return query_means, key_means
 
 
-def _launch_shape(
-    query: Tensor, per_tile: int, per_block: int, row_groups: int
-) -> tuple[int, int, int, int]:
-    """(ROWS, COLS, num_warps, num_stages) of the scoring kernel."""
-    row_bytes = padded_head_dim(query.shape[3]) * query.element_size()
-    size = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
-    rows, cols = max(size, per_tile), max(size, per_block)
-    # Too few programs to fill a GPU: smaller ones.
-    if query.shape[0] * query.shape[1] * row_groups < 256 * rows:
-        rows = max(rows // 2, per_tile, 16)
-    shared = 200_000 if architecture(query.device) in ("sm90", "sm100") else 96_000
-    stages = (shared - rows * row_bytes) // (cols * row_bytes)
-    return rows, cols, 8 if rows * cols > 8192 else 4, min(3, max(1, stages))
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Launch shape of the scoring kernel: query groups and key groups of a step."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(
+    batch_heads: int, row_groups: int, per_tile: int, per_block: int, row_bytes: int
+) -> ScoreConfig:
+    """Two programs a multiprocessor on sm_90, so that one's exponentials hide the other's products.
+
+    Args:
+        row_groups: query groups of a head; per_tile, per_block: groups in a block, at most 64.
+        row_bytes: of one group's mean.
+    """
+    rows, cols = (128, 64) if row_bytes <= 256 else (64, 64) if row_bytes <= 512 else (32, 32)
+    if batch_heads * row_groups < 256 * rows:  # too few programs to fill a GPU
+        rows //= 2
+    rows, cols = max(rows, per_tile), max(cols, per_block)
+    return ScoreConfig(rows, cols, 8 if rows * cols >= 8192 else 4, 3 if row_bytes <= 256 else 2)
 
 
 def score_tiles(
@@ -330,6 +350,7 @@ def score_tiles(
     scale: float,
     first_tile: int,
     tiles: int,
+    config: ScoreConfig | None = None,
 ) -> Tensor:
     """Predicted mass of ``tiles`` query tiles from ``first_tile`` on.
 
@@ -348,12 +369,14 @@ def score_tiles(
     block_q, block_k = block_size
     per_tile, per_block = block_q // group, block_k // group
     kv_blocks = triton.cdiv(kv_len, block_k)
-    mass = torch.empty(
-        (batch, heads, tiles, kv_blocks), dtype=torch.float32, device=query.device
-    )
+    mass = torch.empty((batch, heads, tiles, kv_blocks), dtype=torch.float32, device=query.device)
     if mass.numel() == 0:
         return mass
-    rows, cols, warps, stages = _launch_shape(query, per_tile, per_block, tiles * per_tile)
+    block_d = padded_head_dim(head_dim)
+    config = config or default_config(
+        batch * heads, tiles * per_tile, per_tile, per_block, block_d * query.element_size()
+    )
+    rows, cols = config.rows, config.cols
     chunks = triton.cdiv(tiles * per_tile, rows)
     programs = batch * heads * chunks
     partial_stride = triton.cdiv(kv_blocks, cols // per_block) * (cols // per_block)
@@ -364,13 +387,13 @@ def score_tiles(
             query, key, mass, partial, lse, q_lens, kv_lens,
             query.stride(), key.stride(), partial_stride, heads, heads // key.shape[1],
             q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
-            scale * LOG2_E / taps,
+            exponent_scale(scale / taps),
             GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
             CHUNK=min(BLOCK_CHUNK, triton.next_power_of_2(kv_blocks)),
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            HEAD_DIM=head_dim, BLOCK_D=block_d,
             IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
             HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
             PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),
-            num_warps=warps, num_stages=stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return mass

@@ -32,7 +32,9 @@ def cases(form: str) -> list[AttentionCase]:
     found = []
     for head_dim, densities in ((128, (0.5, 0.25, 0.1)), (64, (0.5, 0.2, 0.1))):
         found.append(AttentionCase(head_dim, 16384))
-        found += [AttentionCase(head_dim, 16384, d, block) for d in densities for block in (128, 64)]
+        found += [
+            AttentionCase(head_dim, 16384, d, block) for d in densities for block in (128, 64)
+        ]
     for head_dim in (128, 64):
         backward = AttentionCase(head_dim, 8192, direction="backward")
         found += [backward, replace(backward, density=0.25)]
@@ -55,9 +57,15 @@ def contestants(case: AttentionCase) -> list[str]:
 
 def run(context: Context) -> Iterator[Row]:
     seconds = 1.0 if context.form == "full" else 0.3
+    told: set[tuple[str, str]] = set()
     for case in cases(context.form):
         context.progress(str(case))
         for outcome in contest(case, contestants(case), context.device, seconds=seconds):
+            absence = (outcome.contestant.name, outcome.result.get("reason", ""))
+            if outcome.result["status"] == "unavailable":
+                if absence in told:
+                    continue
+                told.add(absence)
             config = {"form": context.form, **case.config(), "contestant": outcome.contestant.name}
             yield Row(config, outcome.result, _text(case, outcome), outcome.is_ours)
 

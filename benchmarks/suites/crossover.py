@@ -44,7 +44,7 @@ def cases(form: str) -> tuple[list[AttentionCase], tuple[float, ...]]:
 def run(context: Context) -> Iterator[Row]:
     found, densities = cases(context.form)
     for case in found:
-        context.progress(f"crossover, {case}")
+        context.progress(f"crossover, {case.shape}")
         yield _run_case(context, case, densities)
 
 
@@ -70,7 +70,9 @@ def _run_case(context: Context, case: AttentionCase, densities: Sequence[float])
         problem = expected(chosen, sparse=True).verdict((forwards[0](),))
         if problem is not None:
             result = {"status": "wrong", "reason": f"at budget {budget}: {problem}"}
-            return Row(_config(context, case), result, f"{case} | wrong: {problem}", is_ours=True)
+            return Row(
+                _config(context, case), result, f"{case.shape} | wrong: {problem}", is_ours=True
+            )
         # The blocks that are always kept weigh in short sequences: the real density is the key.
         calls[f"{float(mask.density(is_causal=case.is_causal)):.4f}"] = forwards
 
@@ -91,7 +93,7 @@ def _run_case(context: Context, case: AttentionCase, densities: Sequence[float])
         "backend": our_backend(context.device),
     }
     text = (
-        f"{case} | {best} {ms[best]:.3f} ms, sparse "
+        f"{case.shape} | {best} {ms[best]:.3f} ms, sparse "
         + ", ".join(f"{value:.3f} ms at {density}" for density, value in sparse_ms.items())
         + f"; break-even at density {result['break_even_density']:.3f}"
     )

@@ -17,8 +17,10 @@ def run(context: Context) -> Iterator[Row]:
     )
     for record in demo.records():
         row = record.result
-        text = (
-            f"{record.config['name']}: density {row['density']:.3f}, perplexity "
-            f"{row['perplexity']:.3f} ({row['change']:+.3f}), {row['median_ms']:.1f} ms"
-        )
+        parts = [f"density {row['density']:.3f}"]
+        if row["change"] is not None:
+            parts.append(f"perplexity {row['perplexity']:.3f} ({row['change']:+.3f})")
+        if row["median_ms"] is not None:
+            parts.append(f"{row['median_ms']:.1f} ms")
+        text = f"{record.config['name']}: {', '.join(parts)}"
         yield Row({"form": context.form, **record.config}, row, text, is_ours=True)

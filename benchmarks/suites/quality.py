@@ -7,7 +7,6 @@ judged on the held-out one.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,8 +101,6 @@ def run(context: Context) -> Iterator[Row]:
                 f"{result['kept_mass']:.3f}, perplexity {result['change']:+.3f}"
             )
             yield Row({**shared, **setting.config()}, result, line, is_ours=True)
-    del model
-    gc.collect()
 
 
 def measure_setting(model: Any, ids: Tensor, setting: Setting, dense: float) -> dict[str, Any]:

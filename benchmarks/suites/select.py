@@ -57,7 +57,7 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
-    context.progress(f"selection for {case}")
+    context.progress(f"selection, {_name(case)}")
     sets = [make_inputs(case, context.device, seed) for seed in range(INPUT_SETS)]
     calls: dict[Step, list[Callable[[], object]]] = {}
     wrong: dict[object, str] = {}
@@ -90,7 +90,7 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
     for name, step in names.items():
         timing = timings[name]
         result = {"status": "ok", **timing.as_dict(), **shared}
-        text = f"{case} | {name}: {timing.median_ms:.3f} ms"
+        text = f"{_name(case)} | {name}: {timing.median_ms:.3f} ms"
         if step.kind != ATTENTION:
             result["share"] = timing.median_ms / attention_ms
             text += f", {result['share']:.1%} of the attention"
@@ -101,7 +101,13 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
     for scorer, reason in wrong.items():
         step = Step("score", scorer)
         result = {"status": "wrong", "reason": reason}
-        yield Row(_config(context, case, step), result, f"{case} | {step}: wrong: {reason}", True)
+        yield Row(
+            _config(context, case, step), result, f"{_name(case)} | {step}: wrong: {reason}", True
+        )
+
+
+def _name(case: AttentionCase) -> str:
+    return f"{case.shape}, blocks of {case.block}"
 
 
 def _config(context: Context, case: AttentionCase, step: Step) -> dict:

@@ -84,6 +84,8 @@ def unsupported(name: str, call: Call) -> str | None:
             return "the kernels take fp16, bf16 and fp32, not fp64"
         if call.device != "cuda" and not triton_interprets():
             return f"the kernels run on a GPU and the tensors are on {call.device}"
+        if call.dtype == torch.bfloat16 and triton_interprets():
+            return "Triton's interpreter gives wrong products in bf16; use fp16 or fp32 there"
         return None
     if call.device not in backend.devices:
         return f"it does not run on {call.device}"

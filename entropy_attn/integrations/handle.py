@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from typing import Self
 
 from torch import nn
 
@@ -54,7 +53,7 @@ class Handle:
         """
         self._undo.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Handle:
         return self
 
     def __exit__(self, *exception: object) -> None:

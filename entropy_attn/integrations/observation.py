@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ class Observation:
         """Stop observing; the numbers stay. A second call does nothing."""
         self._undo.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Observation:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -101,7 +101,7 @@ def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor]:
     ahead, behind = valid.cumsum(1) - 1, count + (~valid).cumsum(1) - 1
     place = torch.where(valid, ahead, behind)
     source = torch.arange(valid.shape[1], device=valid.device).expand_as(place)
-    return torch.empty_like(place).scatter_(1, place, source), place
+    return torch.zeros_like(place).scatter_(1, place, source), place
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

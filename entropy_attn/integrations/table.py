@@ -35,8 +35,9 @@ def _rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [tuple(columns), *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    justify = [str.ljust] + [str.rjust] * (len(columns) - 1)
     lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(just(cell, width) for just, cell, width in zip(justify, row, widths, strict=True))
         for row in cells
     ]
     return "\n".join([title, *(line.rstrip() for line in lines)])

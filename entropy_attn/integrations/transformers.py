@@ -30,6 +30,7 @@ NAME = "entropy_attn"
 # Attribute of an attention module that holds its `Layer`.
 ATTRIBUTE = "_entropy_attn_layer"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+MODELING = "transformers.modeling_utils"
 
 # Arguments that change what attention computes and that block-sparse attention does not know.
 UNSUPPORTED = {
@@ -153,6 +154,8 @@ def _packing_from_cumulative(
 def uses_interface(cls: type[nn.Module]) -> bool:
     """Whether the code of a module class looks its attention up in transformers' registry."""
     for base in cls.__mro__:
+        if base.__module__ == MODELING:  # PreTrainedModel itself lists what is registered
+            continue
         for member in vars(base).values():
             code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
             if code is not None and REGISTRY in code.co_names:
@@ -193,7 +196,7 @@ class TransformersSite:
 
 def find_sites(model: nn.Module) -> list[TransformersSite]:
     """The attention modules of every transformers model in ``model``, itself included."""
-    if "transformers.modeling_utils" not in sys.modules:
+    if MODELING not in sys.modules:
         return []
     from transformers import PreTrainedModel
 

@@ -142,10 +142,11 @@ def attention_forward(
         lse[:, :, tile.rows] = tile_lse
         out[:, :, tile.rows] = (p @ tile.value).to(out.dtype)
         if row_entropy:
-            row[:, :, tile.rows] = entropy(p)
+            row[:, :, tile.rows] = entropy(p).clamp(min=0)
         if block_entropy:
             # The gathered keys are whole blocks, so runs of block_k entries are blocks.
-            block[:, :, tile.rows] = entropy(sum_blocks(p, problem.block_size[1], -1))
+            masses = sum_blocks(p, problem.block_size[1], -1)
+            block[:, :, tile.rows] = entropy(masses).clamp(min=0)
     return out, lse, row, block
 
 

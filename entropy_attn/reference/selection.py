@@ -128,9 +128,7 @@ def score_tiles(
             visible = visible & (first_query + offset - last_key < geometry.window)
         visible = visible[:, None]
         seeing = visible.any(-1, keepdim=True)
-        scores = ((rows @ key.transpose(-1, -2)) * scale + weight).masked_fill(
-            ~visible, -math.inf
-        )
+        scores = ((rows @ key.transpose(-1, -2)) * scale + weight).masked_fill(~visible, -math.inf)
         p = torch.softmax(scores.masked_fill(~seeing, 0.0), -1).masked_fill(~seeing, 0.0)
         blocks = sum_blocks(p, block_k // group, -1)
         if take_maximum:
@@ -185,7 +183,8 @@ def keep_tiles(
             causal), always kept where visible; 0 for none.
         rule, amount: how many of a tile's V visible blocks the budget asks for, heaviest first:
             "count" amount; "fraction" ceil(amount * V); "mass" the fewest that hold that share of
-            the mass; "perplexity" ceil(amount * exp(H)), H the entropy of the mass.
+            the mass; "perplexity" ceil(amount * exp(H)), H the entropy of the mass. Where all
+            mass is 0, one block holds it and H is 0.
         min_blocks, max_density: bounds of that number, blocks and share of V.
         width: entries a list.
         first_tile: which query tile ``mass`` starts with.
@@ -214,8 +213,8 @@ def keep_tiles(
     else:
         p = ranked / total.masked_fill(total == 0, 1.0)[..., None]
         asked = (entropy(p).exp() * amount).ceil()
-    asked = torch.where(total > 0, asked, torch.ones_like(asked))
-    asked = torch.where(total < math.inf, asked, seen)
+    if rule in ("mass", "perplexity"):
+        asked = torch.where(total < math.inf, asked, seen)
     asked = torch.minimum(asked, (seen * max_density).floor()).clamp(min=min_blocks)
     asked = torch.minimum(asked, seen)
 

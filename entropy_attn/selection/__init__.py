@@ -62,7 +62,7 @@ def select_blocks(
             tile whose prediction is not keeps as many blocks as the budget can allow.
         block_size: tokens a block, or (query, key).
         scorer: predicts the distribution of each tile, `Pooled(8)` by default; or a callable,
-            see `entropy_attn.selection.scorers`. Its values are checked as by `keep_blocks`.
+            see `entropy_attn.selection.scorers`, whose values are checked as by `keep_blocks`.
         budget: how many blocks a tile keeps, `Perplexity(1.0)` by default.
         is_causal, scale, kv_lens, q_lens, window: as in `ea.block_sparse_attention`; the
             prediction respects them, and a block that no query of a tile sees is never listed.
@@ -105,7 +105,8 @@ def select_blocks(
         check.check_tile_mass(
             "scorer's result", mass, geometry.q_tiles, geometry.kv_blocks, query.shape[:2]
         )
-        _assert_finite(mass)
+        if not isinstance(scorer, TrueMass):
+            _assert_finite(mass)
         lists = [rules.keep(mass, geometry, 0, choose_backend(mass, geometry, backend))]
     return _mask(lists, geometry)
 
@@ -199,7 +200,7 @@ def _group_masses(
 
 
 def _mask(lists: list[tuple[Tensor, Tensor]], geometry: Geometry) -> BlockMask:
-    counts, indices = zip(*lists)
+    counts, indices = zip(*lists, strict=True)
     return BlockMask(
         counts[0] if len(counts) == 1 else torch.cat(counts, 2),
         indices[0] if len(indices) == 1 else torch.cat(indices, 2),

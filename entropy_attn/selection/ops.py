@@ -133,6 +133,4 @@ def _(
     amount, min_blocks, max_density, width, first_tile, backend,
 ):  # fmt: skip
     rows = mass.shape[:3]
-    return mass.new_empty(rows, dtype=torch.int32), mass.new_empty(
-        *rows, width, dtype=torch.int32
-    )
+    return mass.new_empty(rows, dtype=torch.int32), mass.new_empty(*rows, width, dtype=torch.int32)

@@ -1,0 +1,292 @@
+"""Compile every kernel for a GPU that is not here, and report what each takes.
+
+    python tests/compile_only.py sm90              a table
+    python tests/compile_only.py sm90 --json       one JSON object a compiled kernel
+
+The launchers run as always, on CPU tensors, through the same custom ops as the API, so that the
+default configurations of that GPU are what is compiled. Two things are replaced: Triton's driver,
+by one that only names the target, and the launch, by compilation. It must be a process of its own
+without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+KIB = 1024
+# As Triton's GPUTarget takes them: backend, architecture, threads a warp.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm80": ("cuda", 80, 32),
+    "sm90": ("cuda", 90, 32),
+    "sm100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Bytes a program may have: CUDA C programming guide, table of compute capabilities; CDNA 3 ISA.
+SHARED_MEMORY = {"sm80": 163 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "gfx942": 64 * KIB}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on one GPU.
+
+    Attributes:
+        case: the call that needed it.
+        registers: a thread's; on AMD its vector registers.
+        spills: bytes a thread that do not fit in them (stores).
+        shared: bytes of shared memory a program.
+        seconds: of compilation.
+    """
+
+    arch: str
+    case: str
+    kernel: str
+    config: dict[str, Any]
+    registers: int
+    spills: int
+    shared: int
+    seconds: float
+
+
+class NamedTarget:
+    """A driver that says which GPU to compile for and has none."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(*TARGETS[arch])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiler:
+    """Replaces launches by compilations and keeps what came out."""
+
+    def __init__(self, arch: str) -> None:
+        from triton import knobs
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
+
+        from entropy_attn.kernels import launch
+
+        if knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+        self.arch = arch
+        self.case = ""
+        self.found: list[Compiled] = []
+        self._resources: dict[str, tuple[int, int]] = {}
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        driver.set_active(NamedTarget(arch))
+        # The launchers ask for it by the name they imported: replaced before they are imported.
+        launch.architecture = lambda device: arch
+        JITFunction.__getitem__ = lambda kernel, grid: partial(self.compile, kernel)
+
+    def compile(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
+        start, log = time.perf_counter(), io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = kernel.warmup(*args, grid=(1,), **kwargs)
+        # A kernel that was compiled before in this process comes without a report.
+        if compiled.hash not in self._resources:
+            self._resources[compiled.hash] = _resources(compiled, log.getvalue())
+        registers, spills = self._resources[compiled.hash]
+        shown = {"HEAD_DIM": "D", "BLOCK_M": "M", "BLOCK_N": "N", "ROWS": "M", "COLS": "N"}
+        config = {short: kwargs[name] for name, short in shown.items() if name in kwargs}
+        config |= {"warps": kwargs.get("num_warps", 4), "stages": kwargs.get("num_stages", 3)}
+        self.found.append(
+            Compiled(
+                arch=self.arch,
+                case=self.case,
+                kernel=compiled.metadata.name.strip("_"),
+                config=config,
+                registers=registers,
+                spills=spills,
+                shared=compiled.metadata.shared,
+                seconds=round(time.perf_counter() - start, 2),
+            )
+        )
+
+
+def _resources(compiled: Any, log: str) -> tuple[int, int]:
+    """(registers, spilled bytes) a thread, from ptxas' report or AMD's assembly."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)"
+        bytes_each = 4
+    else:
+        text, registers, spilled = log, r"Used (\d+) registers", r"(\d+) bytes spill stores"
+        bytes_each = 1
+    numbers = [re.search(pattern, text) for pattern in (registers, spilled)]
+    if None in numbers:
+        raise RuntimeError(f"the compiler's report does not say what it used:\n{text[-2000:]}")
+    used, spills = (int(match[1]) for match in numbers if match)
+    return used, spills * bytes_each
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention call, forward, backward and tile mass."""
+
+    head_dim: int
+    block: int
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = False
+    entropy: bool = False
+    lens: bool = False
+    dense: bool = False
+    backward: bool = True
+
+    def __str__(self) -> str:
+        words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
+        flags = ("is_causal", "entropy", "lens", "dense")
+        return ", ".join(words + [name for name in flags if getattr(self, name)])
+
+    def run(self) -> None:
+        from entropy_attn import ops
+        from entropy_attn.masks import BlockMask
+
+        length = 1024 if not self.lens else 1000
+        query = torch.zeros(1, 2, length, self.head_dim, dtype=self.dtype)
+        key = query[:, :1]  # grouped queries
+        lens = torch.tensor([length], dtype=torch.int32) if self.lens else None
+        counts = indices = None
+        if not self.dense:
+            mask = BlockMask.causal(1, 2, length, length, self.block)
+            counts, indices = mask.kv_num_blocks, mask.kv_indices
+        lists = (counts, indices, lens, lens)
+        geometry = (self.block, self.block, self.is_causal, 0, self.head_dim**-0.5)
+        lse = torch.zeros(query.shape[:3])
+        ops.attention_forward(
+            query, key, key, *lists, *geometry, self.entropy, self.entropy, "triton"
+        )
+        if self.entropy:
+            ops.tile_mass(query, key, lse, *lists, *geometry, False, "triton")
+        if self.backward:
+            ops.attention_backward(
+                query, None, query, key, key, query, lse, *lists, *geometry, "triton"
+            )
+
+
+@dataclass(frozen=True)
+class TrueMass:
+    """The attention mass of tiles, computed from scratch."""
+
+    head_dim: int
+    block: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"D={self.head_dim}, blocks {self.block}, true mass"
+
+    def run(self) -> None:
+        from entropy_attn import ops
+
+        query = torch.zeros(1, 2, 1024, self.head_dim, dtype=self.dtype)
+        geometry = (self.block, self.block, True, 0, self.head_dim**-0.5)
+        ops.tile_mass(query, query, None, None, None, None, None, *geometry, True, "triton")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of blocks: scoring, then the budget."""
+
+    head_dim: int
+    block: int
+    scorer: str
+    rule: str
+    length: int = 1024
+    group: int = 8
+
+    def __str__(self) -> str:
+        where = f"D={self.head_dim}, blocks {self.block}, N={self.length}"
+        return f"{where}, {self.scorer} {self.group}, budget by {self.rule}"
+
+    def run(self) -> None:
+        from entropy_attn.selection import ops
+
+        query = torch.zeros(1, 2, self.length, self.head_dim, dtype=torch.bfloat16)
+        tiles = blocks = self.length // self.block
+        shape = (self.length, self.length, self.block, self.block, True, 0)
+        is_antidiagonal = self.scorer == "antidiagonal"
+        rows = (query, query)
+        if not is_antidiagonal:
+            rows = ops.pool_tokens(query, query, None, None, self.group, "triton")
+        ops.score_tiles(
+            *rows, None, None, *shape, self.group, is_antidiagonal, False, 0.1, 0, tiles, "triton"
+        )
+        mass = torch.full((1, 2, 1, blocks), 1 / blocks)
+        budget = (1, 2, self.rule, 0.5, 0, 1.0, blocks)
+        ops.keep_tiles(mass, None, None, *shape, *budget, 0, "triton")
+
+
+CASES = (
+    Attention(128, 128),
+    Attention(128, 64, is_causal=True, entropy=True),
+    Attention(64, 128, is_causal=True, entropy=True, backward=False),
+    Attention(64, 64, is_causal=True),
+    Attention(80, 64, is_causal=True, lens=True),
+    Attention(64, 64, dtype=torch.float32, is_causal=True, entropy=True),
+    Attention(128, 128, dtype=torch.float32, dense=True),
+    Attention(256, 64, is_causal=True),
+    TrueMass(128, 128),
+    Selection(128, 64, "pooled", "perplexity"),
+    Selection(64, 128, "antidiagonal", "mass"),
+    Selection(64, 32, "pooled", "fraction", length=32 * 4100),
+)
+
+
+def compiled_kernels(arch: str, cases: tuple[Any, ...] = CASES) -> Iterator[Compiled]:
+    """Compile the cases one after the other; this process can launch nothing afterwards."""
+    compiler = Compiler(arch)
+    for case in cases:
+        compiler.case, done = str(case), len(compiler.found)
+        case.run()
+        yield from compiler.found[done:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch", choices=TARGETS)
+    parser.add_argument("--json", action="store_true", help="one JSON object a kernel")
+    arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    for each in compiled_kernels(arguments.arch):
+        if arguments.json:
+            print(json.dumps(asdict(each)), flush=True)
+        else:
+            config = " ".join(f"{name}={value}" for name, value in each.config.items())
+            print(
+                f"{each.case:62} {each.kernel:18} {config:36} {each.registers:4} registers "
+                f"{each.spills:5} B spilled {each.shared / KIB:6.1f} KiB {each.seconds:5.1f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Fixtures for all tests: seeds, poisoned memory, the device that kernels run on.
+
+Without a GPU the kernels run in Triton's interpreter on CPU tensors. It must be switched on before
+Triton is imported, hence at the top of this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need a GPU where there is none: not run, so not counted either."""
+    if HAS_GPU:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: a GPU, or the CPU under Triton's interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty returns, so that an output nobody wrote cannot look right."""
+
+    def poison(function):
+        def filled(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.device.type == "meta" or torch.compiler.is_compiling():
+                return tensor
+            if isinstance(tensor, torch._subclasses.FakeTensor):
+                return tensor
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(2**30 + 7)
+            return tensor
+
+        return filled
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))

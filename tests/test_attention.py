@@ -1,0 +1,275 @@
+"""Attention, its gradients and its entropies against dense PyTorch, for every implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case, Problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import entropy_attn as ea
+from entropy_attn.reference import dense
+from entropy_attn.testing import assert_close_to_reference
+
+SMALL = [
+    Case(),
+    Case(is_causal=True),
+    Case(is_causal=True, lens=True),
+    Case(lens=True),
+    Case(is_causal=True, window=20, heads=4, kv_heads=2),
+    Case(is_causal=True, window=9, lens=True),
+    Case(q_len=60, kv_len=40, is_causal=True),  # the first queries stand before every key
+    Case(q_len=7, kv_len=5),  # shorter than a block
+    Case(q_len=1, kv_len=64, is_causal=True),
+    Case(block_size=(32, 64), q_len=100, kv_len=130, is_causal=True),
+    Case(block_size=(64, 16), q_len=65, kv_len=64),
+    Case(block_size=(32, 128), q_len=40, kv_len=300, is_causal=True),
+    Case(head_dim=80, block_size=(32, 32), is_causal=True),
+    Case(head_dim=96, block_size=(32, 32), q_len=64, kv_len=64),
+    Case(head_dim=16, heads=3, kv_heads=3, mask_heads=1),
+    Case(head_dim=17, heads=3, kv_heads=1, mask_batch=1),
+    Case(density=None, is_causal=True),
+    Case(density=1.0, q_len=64, kv_len=64),
+    Case(q_len=48, kv_len=48, kv_heads=2, fused=True, is_causal=True),
+    Case(scale=-0.3),
+    Case(scale=0.0, is_causal=True),
+    Case(scale=4.0),
+]
+HALF = [
+    Case(dtype=torch.float16, is_causal=True),
+    Case(dtype=torch.float16, head_dim=64, block_size=(32, 32), lens=True, is_causal=True),
+]
+LARGE = [
+    Case(head_dim=head_dim, block_size=block_size, dtype=dtype, is_causal=is_causal,
+         q_len=577, kv_len=705, heads=4, kv_heads=2, lens=is_causal)
+    for head_dim in (16, 64, 80, 96, 128, 192, 256)
+    for block_size in ((32, 32), (64, 64), (128, 128), (128, 64), (64, 128), (16, 256), (256, 32))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    for is_causal in (False, True)
+]  # fmt: skip
+LARGE += [
+    Case(head_dim=64, block_size=(64, 64), q_len=2048, kv_len=8191, is_causal=True,
+         dtype=torch.bfloat16, window=500),
+    Case(head_dim=128, block_size=(128, 128), q_len=4096, kv_len=4096, dtype=torch.bfloat16,
+         heads=8, kv_heads=8, fused=True),
+    Case(head_dim=128, block_size=(128, 128), q_len=4096, kv_len=4096, dtype=torch.bfloat16,
+         density=None, is_causal=True),
+    Case(head_dim=64, block_size=(64, 64), q_len=197, kv_len=197, dtype=torch.float16,
+         density=1.0),
+]  # fmt: skip
+
+on_gpu = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.gpu, id=str(case)) for case in LARGE]
+)
+
+
+def check_forward_and_backward(case: Case, device: str, backend: str) -> None:
+    problem = case.build(device)
+    query, key, value = problem.leaves()
+    mask = problem.block_mask
+    if mask is None:
+        mask = ea.BlockMask.full(1, 1, case.q_len, case.kv_len, case.block_size, device=device)
+    out, lse = ea.block_sparse_attention(
+        query, key, value, mask, return_lse=True, backend=backend, **problem.options
+    )
+    exact = problem.dense(torch.float64)
+    plain = problem.dense(case.dtype)
+    grad_out = torch.randn_like(out)
+    grad_lse = torch.randn_like(lse)
+    sizes = term_sizes(problem, exact[2].detach(), grad_out)
+    assert_close_to_reference(out, plain[0], exact[0], "out", magnitude=sizes["value"])
+    assert_close_to_reference(lse, plain[1], exact[1], "lse", magnitude=sizes["score"])
+
+    def gradients(out, lse, leaves):
+        # Rows without a key have lse -inf; no loss can use them.
+        finite = torch.where(torch.isfinite(lse), lse, 0.0)
+        loss = (out * grad_out.to(out.dtype)).sum() + (finite * grad_lse.to(lse.dtype)).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    got = gradients(out, lse, (query, key, value))
+    expected = gradients(*exact[:2], exact[3])
+    allowed = gradients(*plain[:2], plain[3])
+    for name, *grads in zip(("query", "key", "value"), got, allowed, expected, strict=True):
+        size = sizes[f"gradient of {name}"]
+        assert_close_to_reference(*grads, f"gradient of {name}", magnitude=size)
+
+
+def term_sizes(problem: Problem, probabilities: Tensor, grad_out: Tensor) -> dict[str, float]:
+    """How large the terms are that each result is a sum of."""
+    query, key, value = (t.detach().double().abs() for t in problem.inputs)
+    group = query.shape[1] // key.shape[1]
+    grad = grad_out.double().abs()
+    scale = abs(problem.scale)
+    score = (query @ key.repeat_interleave(group, 1).mT).max().item() * scale
+    grad_p = (grad @ value.repeat_interleave(group, 1).mT).max().item()
+    column = probabilities.sum(-2).max().item() * group  # how often a key is used at most
+    # An error of the scores is one of the logarithm of every probability.
+    amplified = 1.0 + score
+    return {
+        "score": score,
+        "value": value.max().item() * amplified,
+        "gradient of query": scale * grad_p * key.max().item() * amplified,
+        "gradient of key": scale * grad_p * query.max().item() * column * amplified,
+        "gradient of value": grad.max().item() * column * amplified,
+    }
+
+
+def check_entropies(case: Case, device: str, backend: str) -> None:
+    problem = case.build(device)
+    options = dict(problem.options)
+    if problem.block_mask is None:
+        options["block_size"] = case.block_size
+    else:
+        options["block_mask"] = problem.block_mask
+    out, got = ea.attention_with_entropy(*problem.inputs, backend=backend, **options)
+    with torch.no_grad():
+        exact = problem.dense(torch.float64)
+        # The entropies are fp32 whatever the inputs: so is what they are held to.
+        plain = problem.dense(torch.float32)
+        assert_close_to_reference(out, problem.dense(case.dtype)[0], exact[0], "out")
+    block_k = case.block_size[1]
+    measures = {
+        "row": dense.entropy,
+        "block": lambda p: dense.entropy(dense.sum_blocks(p, block_k, -1)),
+        "tile": lambda p: dense.entropy(dense.dense_tile_mass(p, case.block_size)),
+    }
+    for kind, measure in measures.items():
+        expected = measure(exact[2].detach())
+        # An entropy is a difference of logarithms: its rounding is that of log N.
+        scale = torch.full_like(expected, torch.tensor(float(case.kv_len)).log().item() + 1.0)
+        actual = getattr(got, kind) + scale
+        allowed = measure(plain[2].detach()) + scale
+        assert_close_to_reference(actual.float(), allowed, expected + scale, f"{kind} entropy")
+        assert (getattr(got, kind) >= 0).all()
+
+
+@pytest.mark.parametrize("case", SMALL + HALF, ids=str)
+def test_reference_matches_dense(case: Case) -> None:
+    check_forward_and_backward(case, "cpu", "reference")
+    check_entropies(case, "cpu", "reference")
+
+
+@pytest.mark.parametrize("case", SMALL + HALF, ids=str)
+def test_kernel_matches_dense(case: Case, device: str) -> None:
+    check_forward_and_backward(case, device, "triton")
+
+
+@pytest.mark.parametrize("case", SMALL + HALF, ids=str)
+def test_kernel_entropies_match_dense(case: Case, device: str) -> None:
+    check_entropies(case, device, "triton")
+
+
+@on_gpu
+def test_kernel_matches_dense_at_real_sizes(case: Case) -> None:
+    check_forward_and_backward(case, "cuda", "triton")
+
+
+@on_gpu
+def test_kernel_entropies_match_dense_at_real_sizes(case: Case) -> None:
+    check_entropies(case, "cuda", "triton")
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float32, torch.float16)) -> Case:
+    kv_heads = draw(st.integers(1, 2))
+    is_causal = draw(st.booleans())
+    return Case(
+        head_dim=draw(st.integers(16, 40)),
+        block_size=draw(st.tuples(*[st.sampled_from((16, 32, 64))] * 2)),
+        q_len=draw(st.integers(1, 80)),
+        kv_len=draw(st.integers(1, 100)),
+        heads=kv_heads * draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
+        batch=draw(st.integers(1, 2)),
+        dtype=draw(st.sampled_from(dtypes)),
+        is_causal=is_causal,
+        lens=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 60)) if is_causal else None,
+        density=draw(st.none() | st.sampled_from((0.1, 0.6, 1.0))),
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=cases(), seed=st.integers(0, 2**20))
+def test_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_forward_and_backward(case, device, "triton")
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases((torch.float32, torch.float16, torch.bfloat16)), seed=st.integers(0, 2**20))
+def test_reference_matches_dense_for_any_shape(case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_forward_and_backward(case, "cpu", "reference")
+
+
+@pytest.mark.gpu
+@settings(max_examples=300, deadline=None)
+@given(case=cases((torch.float32, torch.float16, torch.bfloat16)), seed=st.integers(0, 2**20))
+def test_gpu_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_forward_and_backward(case, "cuda", "triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_tile_mass_matches_dense(backend: str, device: str) -> None:
+    case = Case(is_causal=True, lens=True, density=None, block_size=(16, 32))
+    problem = case.build(device)
+    mass = ea.api.tile_mass(
+        problem.query, problem.key, block_size=(16, 32), backend=backend, **problem.options
+    )
+    exact, plain = (
+        dense.dense_tile_mass(problem.dense(dtype)[2].detach(), (16, 32))
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close_to_reference(mass, plain, exact, "tile mass")
+
+
+@pytest.mark.gpu
+def test_backward_is_deterministic() -> None:
+    case = Case(head_dim=64, block_size=(64, 64), q_len=2048, kv_len=2048, dtype=torch.bfloat16)
+    problem = case.build("cuda")
+    runs = []
+    for _ in range(3):
+        leaves = problem.leaves()
+        out = ea.block_sparse_attention(*leaves, problem.block_mask)
+        runs.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for run in runs[1:]:
+        for first, later in zip(runs[0], run, strict=True):
+            assert torch.equal(first, later)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31() -> None:
+    """A fused QKV of 5.4 GB: the last head's rows lie more than 2^31 elements in."""
+    length, heads, head_dim, block = 110_000, 64, 128, 128
+    fused = torch.randn(1, length, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    query, key, value = (t.transpose(1, 2) for t in fused.unbind(2))
+    assert query.stride(2) * length > 2**31
+    tiles = -(-length // block)
+    # Every tile sees the last block of keys only.
+    counts = torch.ones(1, 1, tiles, dtype=torch.int32, device="cuda")
+    last = torch.full((1, 1, tiles, 1), tiles - 1, dtype=torch.int32, device="cuda")
+    mask = ea.BlockMask(counts, last, (block, block), length, length)
+    tail = slice((tiles - 1) * block, None)
+    rows = slice(length - 200, None)
+    query, key, value = (t.detach().requires_grad_() for t in (query, key, value))
+    out = ea.block_sparse_attention(query, key, value, mask, backend="triton")
+    grads = torch.autograd.grad(out[:, :, rows].float().square().sum(), (query, key, value))
+
+    def expected(dtype):
+        leaves = [
+            t.detach().to(dtype).requires_grad_()
+            for t in (query[:, :, rows], key[:, :, tail], value[:, :, tail])
+        ]
+        visible = torch.ones(1, 1, 200, length - tail.start, dtype=torch.bool, device="cuda")
+        result = dense.dense_attention(*leaves, visible, head_dim**-0.5)[0]
+        return result, torch.autograd.grad(result.float().square().sum(), leaves)
+
+    exact, plain = expected(torch.float32), expected(torch.bfloat16)
+    assert_close_to_reference(out[:, :, rows], plain[0], exact[0], "out")
+    for grad, part, *references in zip(grads, (rows, tail, tail), plain[1], exact[1], strict=True):
+        assert_close_to_reference(grad[:, :, part], *references, "gradient")

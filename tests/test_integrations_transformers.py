@@ -1,0 +1,261 @@
+"""The transformers drop-in computes what SDPA computes when every block is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from integration_models import (
+    DECODERS,
+    KEEP_ALL,
+    KEEP_FEW,
+    MODELS,
+    all_sparse,
+    build,
+    dense_logits,
+    inputs_of,
+    padding_mask,
+    tokens,
+    transformers,
+)
+
+import entropy_attn as ea
+from entropy_attn.testing import assert_close_to_reference
+
+PADDED = [
+    *((family, "left") for family in DECODERS),
+    *((family, "right") for family in ("llama", "mistral", "bert")),
+    *((family, "both") for family in ("llama", "mistral", "bert")),
+]
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_equals_sdpa(family):
+    model, inputs = build(family), inputs_of(family)
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, KEEP_ALL) as handle:
+        dense.check(model(**inputs).logits)
+        assert all_sparse(handle)
+        assert handle.stats().density == 1.0
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_small_budget_changes_the_output(family):
+    model, inputs = build(family), inputs_of(family)
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, KEEP_FEW) as handle:
+        sparse = model(**inputs).logits
+        assert all_sparse(handle)
+        # A fifth of the blocks, and always the sink, the diagonal and its neighbour.
+        assert 0.2 < handle.stats().density < 0.85
+    rounding = (dense.single.double() - dense.double).abs().max()
+    assert torch.isfinite(sparse).all()
+    assert (sparse.double() - dense.double).abs().max() > 100 * rounding
+
+
+@pytest.mark.parametrize(("family", "side"), PADDED)
+@torch.no_grad()
+def test_padding(family, side):
+    model, mask = build(family), padding_mask(side)
+    inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, KEEP_ALL) as handle:
+        dense.check(model(**inputs).logits, mask)
+        assert all_sparse(handle)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "bert"])
+@torch.no_grad()
+def test_padding_does_not_reach_the_valid_tokens(family):
+    """Selection included: other tokens under the padding, and more of it, change nothing."""
+    model, mask = build(family), padding_mask("right")
+    ids = tokens(*mask.shape)
+    other = torch.where(mask.bool(), ids, (ids + 5) % 97)
+    with ea.apply(model, KEEP_FEW):
+        first = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        second = model(input_ids=other, attention_mask=mask).logits[mask.bool()]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "bert"])
+@torch.no_grad()
+def test_dense_path_with_padding(family):
+    """Calls that are too short for sparse run through SDPA, with the right mask."""
+    model, mask = build(family), padding_mask("both")
+    inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, ea.SparsityConfig(min_length=201)) as handle:
+        dense.check(model(**inputs).logits, mask)
+        assert handle.stats().dense == {"fewer than min_length=201 keys": 2}
+        assert handle.stats().sparse == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_dense_path_of_long_calls_stores_no_mask(family, monkeypatch):
+    from entropy_attn.integrations import dense as dense_path
+
+    model, mask = build(family), padding_mask("both")
+    inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
+    expected = dense_logits(model, **inputs)
+    monkeypatch.setattr(dense_path, "LARGEST_MASK", 0)
+    monkeypatch.setattr(dense_path, "scaled_dot_product_attention", None)
+    with ea.apply(model, ea.SparsityConfig(dense_layers=(0, 1))):
+        expected.check(model(**inputs).logits, mask)
+
+
+# --- packed sequences ---------------------------------------------------------------------------
+
+# 3 and 2 sequences in two rows: of similar and of very different lengths.
+POSITIONS = torch.stack([
+    torch.cat([torch.arange(n) for n in (70, 99, 31)]),
+    torch.cat([torch.arange(n) for n in (3, 197)]),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [KEEP_ALL, ea.SparsityConfig()], ids=["sparse", "dense"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_packed_position_ids(family, rows, config):
+    model = build(family)
+    inputs = {"input_ids": tokens(rows, 200), "position_ids": POSITIONS[:rows], "use_cache": False}
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, config) as handle:
+        dense.check(model(**inputs).logits)
+        # Sequences are attended to in groups of similar length.
+        calls = [layer.calls for layer in handle.stats().layers]
+        assert calls == [{1: 2, 2: 4}[rows]] * 2
+        assert all_sparse(handle) == (config is KEEP_ALL)
+
+
+@torch.no_grad()
+def test_packed_cumulative_lengths():
+    model = build("llama")
+    inputs = {"input_ids": tokens(1, 200), "position_ids": POSITIONS[:1], "use_cache": False}
+    dense = dense_logits(model, **inputs)
+    lengths = torch.tensor([0, 70, 169, 200], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 99}
+    with ea.apply(model, KEEP_ALL) as handle:
+        dense.check(model(**inputs, **packed).logits)
+        assert all_sparse(handle)
+        with pytest.raises(ValueError, match="cu_seq_lens_q must increase from 0 to the 200"):
+            model(**inputs, cu_seq_lens_q=lengths[:-1])
+        with pytest.raises(ValueError, match="cu_seq_lens_k differs"):
+            model(**inputs, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths + 1)
+
+
+@torch.no_grad()
+def test_lengths_that_were_written_to_are_read_again():
+    model, ids = build("llama"), tokens(1, 200)
+    lengths = torch.tensor([0, 120, 200], dtype=torch.int32)
+    with ea.apply(model, KEEP_ALL):
+        for split in (120, 33):
+            lengths[1] = split
+            position_ids = torch.cat([torch.arange(split), torch.arange(200 - split)])[None]
+            packed = model(
+                ids, position_ids=position_ids, cu_seq_lens_q=lengths, use_cache=False
+            ).logits
+            alone = model(ids[:, split:], use_cache=False).logits
+            torch.testing.assert_close(packed[:, split:], alone)
+
+
+# --- caches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_generate(family, padded, cache):
+    model = build(family)
+    model.generation_config.pad_token_id = 0
+    mask = padding_mask("left", 180) if padded else torch.ones(2, 90, dtype=torch.int64)
+    inputs = {"input_ids": tokens(*mask.shape) * mask, "attention_mask": mask}
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    options["disable_compile"] = True
+    expected = model.generate(**inputs, **options)
+    config = ea.SparsityConfig(block_size=16, budget=ea.TopK(1.0), min_length=0, min_queries=2)
+    with ea.apply(model, config) as handle:
+        assert torch.equal(model.generate(**inputs, **options), expected)
+        for layer in handle.stats().layers:
+            assert layer.sparse == 1  # the prompt
+            assert layer.dense == {"fewer than min_queries=2 queries": 11}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_prefill_in_chunks(family, cache, padded):
+    model = build(family)
+    mask = padding_mask("left") if padded else torch.ones(3, 200, dtype=torch.int64)
+    ids = tokens(*mask.shape)
+    dense = dense_logits(model, input_ids=ids, attention_mask=mask)
+    if cache == "dynamic":
+        past = transformers.DynamicCache(config=model.config)
+    else:
+        past = transformers.StaticCache(config=model.config, max_cache_len=256)
+    with ea.apply(model, KEEP_ALL) as handle:
+        logits = []
+        for begin, end in ((0, 90), (90, 91), (91, 160), (160, 200)):
+            seen = mask[:, :end] if padded else None
+            out = model(ids[:, begin:end], attention_mask=seen, past_key_values=past)
+            logits.append(out.logits)
+        dense.check(torch.cat(logits, 1), mask)
+        assert all_sparse(handle)
+        assert [layer.sparse for layer in handle.stats().layers] == [4, 4]
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@torch.no_grad()
+def test_compiles_into_one_graph(padded):
+    model, mask = build("llama"), padding_mask("left")
+    inputs = {"input_ids": tokens(*mask.shape)} | ({"attention_mask": mask} if padded else {})
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, KEEP_ALL) as handle:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        dense.check(compiled(**inputs).logits, mask if padded else None)
+        for layer in handle.stats().layers:
+            assert layer.compiled == {"sparse": 1}
+
+
+@torch.no_grad()
+def test_packing_in_a_graph_is_an_error():
+    model = build("llama")
+    ids, positions = tokens(1, 200), torch.arange(200)[None]
+    with ea.apply(model, KEEP_ALL):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(ids, position_ids=positions, use_cache=False)
+        with pytest.raises(RuntimeError, match="packed sequences"):
+            compiled(ids, position_ids=POSITIONS[:1], use_cache=False)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_training_step_with_gradient_checkpointing(padded):
+    model = build("llama").train()
+    mask = padding_mask("left") if padded else torch.ones(3, 200, dtype=torch.int64)
+    ids = tokens(*mask.shape)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def gradients(dtype=torch.float32):
+        model.to(dtype).zero_grad()
+        model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    exact, plain = gradients(torch.float64), gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with ea.apply(model, KEEP_ALL) as handle:
+        sparse = gradients()
+        # Each layer runs again in the backward.
+        assert [layer.sparse for layer in handle.stats().layers] == [2, 2]
+        assert all_sparse(handle)
+    for name, gradient in sparse.items():
+        assert_close_to_reference(gradient, plain[name], exact[name], name)
