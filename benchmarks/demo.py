@@ -77,6 +77,8 @@ class Demo:
             title=f"{MODEL_NAME}, {self.context} tokens of {self.text}, on {self.device}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         table.add_column("how blocks are chosen", no_wrap=True)
         for column in ("density", "kept mass", "perplexity", "change", "time"):

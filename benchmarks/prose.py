@@ -56,8 +56,9 @@ def paragraphs(document: str) -> list[str]:
         if len(indents) > 1 and not lines[0].lstrip().startswith("* "):
             continue
         paragraph = " ".join(line.strip() for line in lines).removeprefix("* ")
+        paragraph = _EMPHASIS.sub(r"\2", paragraph)
         if _is_prose(paragraph):
-            found.append(_EMPHASIS.sub(r"\2", paragraph))
+            found.append(paragraph)
     return found
 
 

@@ -45,13 +45,12 @@ class Context:
 
 def short(choice: Any) -> str:
     """A scorer or budget as one writes it: TopK(0.25), Pooled(8, max)."""
-    values = [
-        getattr(choice, f.name)
-        for f in fields(choice)
-        if not f.kw_only or getattr(choice, f.name) != f.default
+    shown = {f.name: (getattr(choice, f.name), f) for f in fields(choice)}
+    words = [str(value) for value, f in shown.values() if not f.kw_only and value is not None]
+    words += [
+        f"{name}={value}" for name, (value, f) in shown.items() if f.kw_only and value != f.default
     ]
-    inside = ", ".join(str(value) for value in values if value is not None)
-    return f"{type(choice).__name__}({inside})"
+    return f"{type(choice).__name__}({', '.join(words)})"
 
 
 @dataclass(frozen=True)

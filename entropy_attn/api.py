@@ -20,7 +20,7 @@ from torch import Tensor
 from entropy_attn import backend as backend_table
 from entropy_attn import ops
 from entropy_attn import validation as check
-from entropy_attn.entropy import AttentionEntropy
+from entropy_attn.entropy import AttentionEntropy, WithoutGradient
 from entropy_attn.masks import BlockMask
 
 # Without a mask the kernels still walk over keys in blocks; this is their size.
@@ -145,9 +145,12 @@ def block_sparse_attention(
         TypeError, ValueError: an argument is not allowed; the message names it.
         BackendUnavailable: a named backend cannot run this call.
     """
-    args = _validated(
-        query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window
-    )
+    if block_mask is None:
+        raise TypeError(
+            "block_mask must be an entropy_attn.BlockMask, got NoneType; "
+            "BlockMask.full(...) keeps every block"
+        )
+    args = _validated(query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window)
     choice = args.choose(backend, wants_statistics=return_lse)
     if not backend_table.BACKENDS[choice.backend].sparse:
         from entropy_attn.backend.dense import dense_attention
@@ -207,12 +210,14 @@ def attention_with_entropy(
             args.query.detach(), key.detach(), lse.detach(), *args.lists, *args.geometry,
             False, choice.backend,
         )  # fmt: skip
-    return out, AttentionEntropy(
-        row=row if "row" in kinds else None,
-        block=block if "block" in kinds else None,
-        tile=tile,
-        block_size=args.block_size,
-    )
+    found = {"row": row, "block": block, "tile": tile}
+    entropies = {kind: found[kind] if kind in kinds else None for kind in check.ENTROPY_KINDS}
+    if out.requires_grad:
+        entropies = {
+            kind: None if entropy is None else WithoutGradient.apply(entropy, out)
+            for kind, entropy in entropies.items()
+        }
+    return out, AttentionEntropy(**entropies, block_size=args.block_size)
 
 
 def tile_mass(

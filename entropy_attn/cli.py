@@ -113,6 +113,7 @@ def report(
     """Fill the tables of README and docs and draw the pictures, from the result store alone."""
     from entropy_attn.benchmarks import report as reporting
     from entropy_attn.benchmarks.store import Store
+    from entropy_attn.benchmarks.suites.crossover import DATA_FILE, write_crossover
 
     store = Store(results)
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
@@ -125,6 +126,9 @@ def report(
             console.print(f"filled {page}")
     for path in reporting.draw(store, root / "docs" / "images"):
         console.print(f"drew {path}")
+    data = root / "entropy_attn" / "backend" / DATA_FILE
+    if points := write_crossover(store, data):
+        console.print(f"{points} points in {data}")
 
 
 def _run_suite(name: str, quick: bool, store) -> int:

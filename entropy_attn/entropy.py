@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Passes an entropy on; a loss that uses it gets an error instead of no gradient."""
+
+    @staticmethod
+    def forward(ctx, entropy: Tensor, source: Tensor) -> Tensor:
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise NotImplementedError(
+            "the gradient of an attention entropy is not available yet: detach it, or keep it out "
+            "of the loss"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,5 +44,7 @@ class AttentionEntropy:
     def effective_blocks(self) -> Tensor:
         """(B, Hq, Mq): exp(tile entropy), the number of key blocks that a tile really needs."""
         if self.tile is None:
-            raise ValueError("effective_blocks needs the tile entropy: ask for it with kinds=('tile', …)")
+            raise ValueError(
+                "effective_blocks needs the tile entropy: ask for it with kinds=('tile', …)"
+            )
         return self.tile.exp()

@@ -112,6 +112,7 @@ def _save_for_backward(ctx, inputs, output):
     query, key, value, kv_num_blocks, kv_indices, kv_lens, q_lens = inputs[:7]
     out, lse, row, block = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(row, block)
     ctx.save_for_backward(
         query, key, value, out, lse, kv_num_blocks, kv_indices, kv_lens, q_lens
     )
@@ -119,12 +120,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.backend = inputs[14]
 
 
-def _backward(ctx, grad_out, grad_lse, grad_row, grad_block):
-    if grad_row is not None or grad_block is not None:
-        raise NotImplementedError(
-            "the gradient of an attention entropy is not available yet: use .detach() on "
-            "AttentionEntropy.row and .block, or keep them out of the loss"
-        )
+def _backward(ctx, grad_out, grad_lse, *_):
     query, key, value, out, lse, *lists = ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if grad_out is not None or grad_lse is not None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from entropy_attn.kernels.launch import device_of
 from entropy_attn.kernels.primitives import valid_length
-from torch import Tensor
 
 RULES = ("count", "fraction", "mass", "perplexity")
 # A longer row of masses does not stay in registers: it is read again in every step.
@@ -140,7 +141,8 @@ def _keep_kernel(
         )
         usable = (least > 0.0) & (least < float("inf"))
         ties = tl.ceil((needed - above_mass) / tl.where(usable, least, 1.0))
-        asked = above_count.to(tl.float32) + tl.maximum(ties, 1.0)
+        # Where all mass is 0, every threshold reaches it: one block will do.
+        asked = tl.where(total > 0.0, above_count.to(tl.float32) + tl.maximum(ties, 1.0), 1.0)
     else:
         asked = tl.ceil(perplexity * amount)
     # The prediction is not finite: all that the budget allows, so that nothing is lost.

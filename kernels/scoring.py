@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from entropy_attn.kernels.launch import (
     device_of,
     dot_precision,
@@ -38,7 +40,6 @@ from entropy_attn.kernels.primitives import (
     tile_offsets,
     valid_length,
 )
-from torch import Tensor
 
 # Loads of a loop that are issued together.
 UNROLL = 8
@@ -319,19 +320,23 @@ class ScoreConfig:
 
 
 def default_config(
-    batch_heads: int, row_groups: int, per_tile: int, per_block: int, row_bytes: int
+    batch_heads: int, row_groups: int, per_tile: int, per_block: int, block_d: int, itemsize: int
 ) -> ScoreConfig:
     """Two programs a multiprocessor on sm_90, so that one's exponentials hide the other's products.
 
     Args:
         row_groups: query groups of a head; per_tile, per_block: groups in a block, at most 64.
-        row_bytes: of one group's mean.
+        block_d: padded head_dim; itemsize: bytes of one entry of a group's mean.
     """
-    rows, cols = (128, 64) if row_bytes <= 256 else (64, 64) if row_bytes <= 512 else (32, 32)
+    if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
+        rows, cols = 32, 32
+    else:
+        rows, cols = (128, 64) if block_d <= 128 else (64, 64)
     if batch_heads * row_groups < 256 * rows:  # too few programs to fill a GPU
         rows //= 2
     rows, cols = max(rows, per_tile), max(cols, per_block)
-    return ScoreConfig(rows, cols, 8 if rows * cols >= 8192 else 4, 3 if row_bytes <= 256 else 2)
+    num_stages = 3 if block_d * itemsize <= 256 else 2
+    return ScoreConfig(rows, cols, 8 if rows * cols >= 8192 else 4, num_stages)
 
 
 def score_tiles(
@@ -374,7 +379,7 @@ def score_tiles(
         return mass
     block_d = padded_head_dim(head_dim)
     config = config or default_config(
-        batch * heads, tiles * per_tile, per_tile, per_block, block_d * query.element_size()
+        batch * heads, tiles * per_tile, per_tile, per_block, block_d, query.element_size()
     )
     rows, cols = config.rows, config.cols
     chunks = triton.cdiv(tiles * per_tile, rows)

@@ -101,7 +101,8 @@ def _add_masses(
         p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
         if step % STEPS == 0:
             block_mass = 0.0
-        block_mass += tl.sum(tl.sum(p, 1), 0) * inverse_rows
+        # In one step: rows first, then their sums, crashes Triton 3.6 on sm_100.
+        block_mass += tl.sum(p) * inverse_rows
         if step % STEPS == STEPS - 1:
             entropy -= block_mass * tl.log2(tl.where(block_mass > 0.0, block_mass, 1.0))
             if STORE_MASS:

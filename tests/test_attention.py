@@ -41,12 +41,22 @@ HALF = [
     Case(dtype=torch.float16, is_causal=True),
     Case(dtype=torch.float16, head_dim=64, block_size=(32, 32), lens=True, is_causal=True),
 ]
+LARGE_SHAPES = [
+    (head_dim, block_size, torch.bfloat16)
+    for head_dim in (16, 64, 80, 96, 128, 192, 256)
+    for block_size in ((64, 64), (128, 128))
+]
+LARGE_SHAPES += [
+    (head_dim, block_size, torch.float16)
+    for head_dim in (64, 128)
+    for block_size in ((32, 32), (128, 64), (64, 128), (16, 256), (256, 32), (256, 256))
+]
+LARGE_SHAPES += [(64, (64, 64), torch.float32), (80, (32, 32), torch.float32)]
+LARGE_SHAPES += [(128, (128, 128), torch.float32), (256, (64, 64), torch.float32)]
 LARGE = [
     Case(head_dim=head_dim, block_size=block_size, dtype=dtype, is_causal=is_causal,
          q_len=577, kv_len=705, heads=4, kv_heads=2, lens=is_causal)
-    for head_dim in (16, 64, 80, 96, 128, 192, 256)
-    for block_size in ((32, 32), (64, 64), (128, 128), (128, 64), (64, 128), (16, 256), (256, 32))
-    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    for head_dim, block_size, dtype in LARGE_SHAPES
     for is_causal in (False, True)
 ]  # fmt: skip
 LARGE += [

@@ -92,10 +92,10 @@ def test_scores(scorer, name, device):
     assert_mass_is_right(scorer, query, key, block_size=(32, 16), **masks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 80, 96])
-def test_half_precision_and_odd_head_dims(dtype, head_dim, device):
-    query, key = inputs(device, 50, 50, head_dim=head_dim, dtype=dtype)
+def test_half_precision_and_odd_head_dims(head_dim, device):
+    """fp16 here: Triton's interpreter multiplies the bits of bf16; see test_scores_at_size."""
+    query, key = inputs(device, 50, 50, head_dim=head_dim, dtype=torch.float16)
     for scorer in (ea.Pooled(8), ea.Antidiagonal(4)):
         assert_mass_is_right(scorer, query, key, block_size=16, is_causal=True)
 
@@ -157,11 +157,11 @@ def test_the_launch_shape_changes_nothing(config, device, monkeypatch):
 @pytest.mark.parametrize("per_tile", [1, 8, 64])
 def test_default_launch_shapes_fit(head_dim, itemsize, per_tile):
     for row_groups in (1, 128, 4096):
-        row_bytes = scoring.padded_head_dim(head_dim) * itemsize
-        config = scoring.default_config(32, row_groups, per_tile, per_tile, row_bytes)
+        block_d = scoring.padded_head_dim(head_dim)
+        config = scoring.default_config(32, row_groups, per_tile, per_tile, block_d, itemsize)
         assert config.rows % per_tile == config.cols % per_tile == 0
         assert min(config.rows, config.cols) >= 16, "tl.dot takes no less"
-        shared = (config.rows + config.num_stages * config.cols) * row_bytes
+        shared = (config.rows + config.num_stages * config.cols) * block_d * itemsize
         assert shared <= 200_000, "sm_90 has 227 KB a program"
 
 
@@ -257,13 +257,19 @@ def test_compiles_without_graph_breaks(device):
         assert torch.equal(eager, traced)
 
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("scorer", SCORERS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(BF16, 64), (BF16, 80), (BF16, 128), (BF16, 256), (FP16, 64), (FP32, 64)],
+    ids=str,
+)
+@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Pooled(4, "max"), ea.Antidiagonal(8)], ids=str)
 def test_scores_at_size(scorer, dtype, head_dim):
     query, key = inputs("cuda", 4000, 4111, 8, 2, head_dim, dtype)
-    for name in ("plain", "causal", "all"):
+    for name in ("plain", "all"):
         masks = options(name, 4000, 4111, 2, "cuda")
         assert_mass_is_right(scorer, query, key, block_size=64, **masks)
 
@@ -344,11 +350,19 @@ def test_memory_stays_proportional_to_the_query_at_a_million_tokens():
     query = torch.randn(1, 1, length, 64, device="cuda", dtype=torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    mask = select_blocks(query, query, budget=ea.Perplexity(1.0, max_density=0.01), is_causal=True)
+    budget = ea.Perplexity(1.0, max_density=0.01)
+    mask = select_blocks(query, query, budget=budget, is_causal=True)
     peak = torch.cuda.max_memory_allocated() - before
     assert_lists_are_well_formed(mask)
     lists = mask.kv_indices.numel() * 4
     assert peak < 2 * lists + 2 * 256 * 2**20
-    tail = select_blocks(query[:, :, -4096:], query, budget=ea.TopK(0.01), is_causal=True)
-    whole = select_blocks(query, query, budget=ea.TopK(0.01), is_causal=True)
-    assert torch.equal(tail.kv_indices, whole.kv_indices[:, :, -64:])
+    # The last tiles alone, by the reference: compare what is kept, as nearly equal masses abound.
+    tail = {"block_size": 64, "is_causal": True, "backend": "reference"}
+    last = query[:, :, -4096:]
+    expected = select_blocks(last, query, budget=budget, **tail).to_dense()
+    mass = ea.Pooled(8)(last, query, **tail)
+    exact = ea.Pooled(8)(last.double(), query.double(), **tail)
+    actual = mask.to_dense()[:, :, -64:]
+    assert_close_to_reference(
+        (mass * actual).sum(-1), (mass * expected).sum(-1), (exact * expected).sum(-1), "kept mass"
+    )

@@ -1,7 +1,8 @@
 """Where sparse attention, its selection included, is faster than the best dense attention.
 
 The measured points are kept as data beside the backends, so that ``backend="auto"`` never takes
-the slower one: `write_crossover` derives the file from the result store.
+the slower one: `write_crossover` derives the file from the result store, here beside the records
+and with ``entropy-attn report`` in the package.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.timing import measure
 
-DATA_FILE = Path(ea.__file__).resolve().parent / "backend" / "crossover.json"
+DATA_FILE = "crossover.json"
 DENSE = ("SDPA flash", "SDPA cuDNN")
 INPUT_SETS = 2
 
@@ -30,8 +31,8 @@ INPUT_SETS = 2
 def cases(form: str) -> tuple[list[AttentionCase], tuple[float, ...]]:
     """The dense cases, and the densities that are measured for each."""
     if form == "small":
-        case = AttentionCase(64, 512, block=64, batch=1, heads=2, dtype="float32", is_causal=True)
-        return [case, replace(case, length=1024)], (0.25, 0.5)
+        case = AttentionCase(64, 256, block=32, batch=1, heads=2, dtype="float32", is_causal=True)
+        return [case, replace(case, length=512)], (0.25, 0.5)
     lengths = (512, 1024, 2048, 4096, 8192, 16384, 32768) if form == "full" else (2048, 8192)
     return [
         AttentionCase(head_dim, length, block=64, batch=1, is_causal=is_causal)
@@ -46,6 +47,7 @@ def run(context: Context) -> Iterator[Row]:
     for case in found:
         context.progress(f"crossover, {case.shape}")
         yield _run_case(context, case, densities)
+    write_crossover(Store(context.out), context.out / DATA_FILE)
 
 
 def _run_case(context: Context, case: AttentionCase, densities: Sequence[float]) -> Row:
@@ -145,7 +147,7 @@ def break_even_density(sparse_ms: dict[str, float], dense_ms: float) -> float:
     return low + (high - low) * (dense_ms - low_ms) / (high_ms - low_ms)
 
 
-def write_crossover(store: Store, path: Path = DATA_FILE) -> int:
+def write_crossover(store: Store, path: Path) -> int:
     """Write the latest full measurements of every GPU to ``path``; returns how many there are.
 
     Points of other architectures that the file already holds stay.

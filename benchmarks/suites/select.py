@@ -42,7 +42,7 @@ class Step:
 
 def cases(form: str) -> list[AttentionCase]:
     if form == "small":
-        return [AttentionCase(64, 1024, DENSITY, 64, batch=1, heads=2, dtype="float32")]
+        return [AttentionCase(64, 512, DENSITY, 64, batch=1, heads=2, dtype="float32")]
     sizes = [(128, 64), (128, 128), (64, 64), (64, 128)] if form == "full" else [(128, 64)]
     return [
         AttentionCase(head_dim, 16384, DENSITY, block, is_causal=is_causal)
@@ -79,7 +79,7 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
     attention = Step(ATTENTION)
     calls[attention] = [_attention(inputs) for inputs in sets]
 
-    seconds = 1.0 if context.form == "full" else 0.3
+    seconds = {"full": 1.0, "quick": 0.3, "small": 0.05}[context.form]
     names = {str(step): step for step in calls}
     timings = measure(
         {str(step): c for step, c in calls.items()}, seconds=seconds, device=context.device
@@ -182,8 +182,13 @@ def _wrong_scores(scorer, inputs: Inputs) -> str | None:
     """Compare the kernel's scores with the plain PyTorch ones in the same and in fp64."""
     exact = _score(scorer, inputs, inputs.query.double(), "reference")
     plain = _score(scorer, inputs, backend="reference")
+    # Rounding a score of size s to fp32 changes its exponential by a relative eps * s.
+    query, key = (t[0, 0].float() for t in (inputs.query, inputs.key))
+    size = inputs.case.head_dim**-0.5 * (query @ key.T).abs().max().item()
     try:
-        assert_close_to_reference(_score(scorer, inputs), plain, exact, short(scorer))
+        assert_close_to_reference(
+            _score(scorer, inputs), plain, exact, short(scorer), magnitude=size
+        )
     except AssertionError as error:
         return str(error)
     return None

@@ -56,6 +56,7 @@ def _probe_triton() -> tuple[str | None, str | None]:
     return None, installed
 
 
+@torch.compiler.assume_constant_result
 def triton_interprets() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     if find_spec("triton") is None:
@@ -134,9 +135,14 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-@cache
+@torch.compiler.assume_constant_result
 def availability(name: str) -> Availability:
     """Whether the backend ``name`` is here; probed once a process."""
+    return _probed(name)
+
+
+@cache
+def _probed(name: str) -> Availability:
     missing, found = BACKENDS[name].probe()
     reason = missing or BACKENDS[name].summary
     return Availability(name, missing is None, found, reason)

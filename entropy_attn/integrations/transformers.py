@@ -84,7 +84,7 @@ def attention_function(
         is_causal=is_causal,
         scale=scaling,
         window=sliding_window,
-        **_mask_arguments(module, attention_mask, query, kwargs),
+        **_mask_arguments(module, attention_mask, query, key, kwargs),
     )
     layer = getattr(module, ATTRIBUTE, None)
     if layer is None:
@@ -113,7 +113,7 @@ def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) 
 
 
 def _mask_arguments(
-    module: nn.Module, mask: Tensor | None, query: Tensor, kwargs: dict[str, Any]
+    module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The fields of `AttentionCall` that say which keys are valid."""
     cumulative = kwargs.get("cu_seq_lens_q")
@@ -121,16 +121,19 @@ def _mask_arguments(
         return {"packing": _packing_from_cumulative(cumulative, mask, query, kwargs)}
     if mask is None:
         return {}
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        shape = getattr(mask, "shape", type(mask).__name__)
-        raise ValueError(f"{type(module).__name__} passes an attention mask of shape {shape}")
-    if mask.ndim == 4:
-        return {"explicit_mask": mask}
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.shape[-1] != key.shape[2]:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{type(module).__name__} passes attention_mask {got} for {key.shape[2]} keys; allowed "
+            "are (batch, keys), (batch, heads, queries, keys), or None"
+        )
+    if mask.ndim == 2:
+        return {"codes": codes_from_validity(mask, query.shape[2])}
     if mask.dtype == torch.int8:
-        return {"codes": mask}
+        return {"codes": mask[:, 0, 0]}
     if mask.dtype == torch.int32:
-        return {"packing": _packings.get(mask, lambda: packing_from_segments(mask))}
-    return {"codes": codes_from_validity(mask, query.shape[2])}
+        return {"packing": _packings.get(mask, lambda: packing_from_segments(mask[:, 0, 0]))}
+    return {"explicit_mask": mask}
 
 
 def _packing_from_cumulative(

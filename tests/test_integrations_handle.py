@@ -1,0 +1,201 @@
+"""apply and its handle: settings by layer, statistics, saving, and giving the model back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from integration_models import KEEP_ALL, KEEP_FEW, all_sparse, build, tokens, transformers
+
+import entropy_attn as ea
+
+IDS = tokens(2, 200)
+PER_LAYER = ea.SparsityConfig(
+    block_size=16,
+    budget=ea.TopK(0.2),
+    min_length=0,
+    layers={-1: {"budget": ea.TopK(1.0), "block_size": (32, 16)}},
+)
+
+
+@torch.no_grad()
+def test_remove_restores_the_model():
+    model = build("llama")
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    config, logits = copy.deepcopy(model.config.to_dict()), model(IDS).logits
+    handle = ea.apply(model, KEEP_FEW)
+    assert not torch.equal(model(IDS).logits, logits)
+    handle.remove()
+    handle.remove()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(IDS).logits, logits)
+
+
+@torch.no_grad()
+def test_handles_nest():
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    first = ea.apply(model, KEEP_ALL)
+    expected = model(IDS).logits
+    second = ea.apply(model, KEEP_FEW)
+    model(IDS)
+    assert [layer.sparse for layer in first.stats().layers] == [1, 1]
+    with pytest.raises(RuntimeError, match="remove that handle first"):
+        first.remove()
+    second.remove()
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_removing_in_the_wrong_order_leaves_the_model_usable():
+    model = build("llama")
+    plain = model(IDS).logits
+    first = ea.apply(model, KEEP_ALL)
+    second = ea.apply(model, KEEP_FEW)
+    with pytest.raises(RuntimeError, match="remove that handle first"):
+        first.remove()
+    second.remove()
+    first.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(IDS).logits, plain)
+
+
+@torch.no_grad()
+def test_settings_by_layer():
+    model = build("llama")
+    with ea.apply(model, PER_LAYER) as handle:
+        model(IDS)
+        first, last = handle.stats().layers
+        assert first.density < 0.85
+        assert last.density == 1.0
+        assert handle.layers[1].config.block_size == (32, 16)
+    dense = ea.SparsityConfig(min_length=0, dense_layers=("*.layers.0.*",))
+    with ea.apply(model, dense) as handle:
+        model(IDS)
+        first, last = handle.stats().layers
+        assert first.dense == {"the layer is in dense_layers": 1}
+        assert last.sparse == 1
+
+
+@torch.no_grad()
+def test_statistics():
+    model = build("llama")
+    with ea.apply(model, KEEP_ALL) as handle:
+        assert handle.stats().density is None
+        model(IDS)
+        model(IDS[:, :120])
+        stats = handle.stats()
+        assert [layer.calls for layer in stats.layers] == [2, 2]
+        assert stats.layers[0].kv_len == (120, 200)
+        assert stats.sparse == 4
+        text = str(stats)
+        assert "model.layers.1.self_attn" in text
+        assert "120..200" in text
+        assert repr(handle) == "Handle(LlamaForCausalLM, 2 attention layers)"
+        handle.reset_stats()
+        assert handle.stats().sparse == 0
+
+
+@torch.no_grad()
+def test_density_counts_visible_blocks_of_padded_batches():
+    """Against counting tiles of the visible pairs."""
+    from entropy_attn.integrations.statistics import visible_blocks
+    from entropy_attn.reference.dense import visible_pairs
+
+    lens = torch.tensor([90, 17, 0, 64], dtype=torch.int32)
+    q_lens = torch.tensor([50, 17, 0, 30], dtype=torch.int32)
+    for options in (
+        {"is_causal": False},
+        {"is_causal": True},
+        {"is_causal": True, "window": 20},
+        {"is_causal": False, "kv_lens": lens},
+        {"is_causal": True, "kv_lens": lens, "q_lens": q_lens},
+        {"is_causal": True, "window": 20, "kv_lens": lens, "q_lens": q_lens},
+        {"is_causal": True, "q_lens": q_lens},
+    ):
+        pairs = visible_pairs(4, 50, 90, **options)[:, 0].float()
+        padded = torch.nn.functional.pad(pairs, (0, 6, 0, 14))
+        tiles = padded.unflatten(1, (-1, 32)).unflatten(3, (-1, 16)).amax((2, 4))
+        expected = tiles.sum(-1).long()
+        assert torch.equal(
+            visible_blocks(50, 90, (32, 16), batch=4, **options).expand(4, -1), expected
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+@torch.no_grad()
+def test_save_and_load(family, tmp_path):
+    model = build(family)
+    inputs = {"pixel_values": torch.randn(1, 3, 48, 48)} if family == "vit" else {"input_ids": IDS}
+    with ea.apply(model, PER_LAYER):
+        expected = model(**inputs).logits
+        model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["entropy_attn"]["budget"]["type"] == "TopK"
+
+    cls = type(model)
+    loaded = cls.from_pretrained(tmp_path, attn_implementation="entropy_attn")
+    assert torch.equal(loaded(**inputs).logits, expected)
+    plain = cls.from_pretrained(tmp_path)
+    assert not torch.equal(plain(**inputs).logits, expected)
+    with ea.apply(plain) as handle:
+        assert handle.config == PER_LAYER
+        assert torch.equal(plain(**inputs).logits, expected)
+        assert all_sparse(handle)
+
+
+@torch.no_grad()
+def test_loaded_without_a_config_takes_the_defaults(tmp_path):
+    model = build("llama")
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    cls = transformers.AutoModelForCausalLM
+    loaded = cls.from_pretrained(tmp_path, attn_implementation="entropy_attn")
+    torch.testing.assert_close(loaded(IDS).logits, expected)  # short, so dense
+    with ea.apply(loaded, KEEP_ALL) as handle:
+        torch.testing.assert_close(loaded(IDS).logits, expected)
+        assert all_sparse(handle)
+    torch.testing.assert_close(loaded(IDS).logits, expected)
+    assert loaded.config._attn_implementation == "entropy_attn"
+
+
+@torch.no_grad()
+def test_copies_keep_their_settings():
+    model = build("llama")
+    with ea.apply(model, PER_LAYER):
+        expected = model(IDS).logits
+        twin = copy.deepcopy(model)
+        thawed = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(IDS).logits, expected)
+    assert torch.equal(thawed(IDS).logits, expected)
+
+
+@torch.no_grad()
+def test_custom_scorer_is_not_saved():
+    def scorer(query, key, *, block_size, **kwargs):
+        shape = (-(-query.shape[2] // block_size[0]), -(-key.shape[2] // block_size[1]))
+        return torch.ones(*query.shape[:2], *shape)
+
+    model = build("llama")
+    config = ea.SparsityConfig(scorer=scorer, min_length=0, block_size=16)
+    with pytest.warns(UserWarning, match="cannot be saved"):
+        handle = ea.apply(model, config)
+    assert not hasattr(model.config, "entropy_attn")
+    model(IDS)
+    assert all_sparse(handle)
+
+
+@torch.no_grad()
+def test_wrapped_models_are_found():
+    inner = build("bert")
+    model = torch.nn.Sequential(inner.bert)
+    with ea.apply(model, KEEP_ALL) as handle:
+        model(IDS)
+        assert all_sparse(handle)
+        assert handle.layers[0].name == "0.encoder.layer.0.attention.self"
+    assert inner.config._attn_implementation == "sdpa"

@@ -1,0 +1,171 @@
+"""The custom ops under torch's own machinery: opcheck, compile, checkpointing, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case
+
+import entropy_attn as ea
+from entropy_attn import ops
+from entropy_attn.testing import assert_close_to_reference
+
+CASES = [Case(is_causal=True, lens=True), Case(density=None), Case(dtype=torch.float16)]
+BACKENDS = ["reference", "triton"]
+
+
+def op_arguments(case: Case, device: str):
+    problem = case.build(device)
+    mask = problem.block_mask
+    lists = (None, None) if mask is None else (mask.kv_num_blocks, mask.kv_indices)
+    lists = (*lists, problem.kv_lens, problem.q_lens)
+    geometry = (*case.block_size, case.is_causal, case.window or 0, problem.scale)
+    return problem, lists, geometry
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case, backend: str, device: str) -> None:
+    problem, lists, geometry = op_arguments(case, device)
+    leaves = problem.leaves()
+    arguments = (*leaves, *lists, *geometry, False, False, backend)
+    torch.library.opcheck(ops.attention_forward, arguments)
+    with torch.no_grad():
+        torch.library.opcheck(
+            ops.attention_forward, (*problem.inputs, *lists, *geometry, True, True, backend)
+        )
+        out, lse, _, _ = ops.attention_forward(*arguments)
+        for grad_lse in (None, torch.randn_like(lse)):
+            backward = (out, grad_lse, *problem.inputs, out, lse, *lists, *geometry, backend)
+            torch.library.opcheck(ops.attention_backward, backward)
+        for return_mass, given in ((True, None), (False, lse)):
+            pair = (problem.query, problem.key, given)
+            torch.library.opcheck(
+                ops.tile_mass, (*pair, *lists, *geometry, return_mass, backend)
+            )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
+    problem = Case(is_causal=True, q_len=48, kv_len=48).build(device)
+    mask = problem.block_mask
+
+    def loss(query, key, value):
+        out, lse = ea.block_sparse_attention(
+            query, key, value, mask, is_causal=True, return_lse=True, backend=backend
+        )
+        _, entropy = ea.attention_with_entropy(
+            query.detach(), key.detach(), value.detach(), block_size=16, backend=backend
+        )
+        return out.square().sum() + lse.clamp(min=-10).sum(), entropy.tile
+
+    eager_leaves, compiled_leaves = problem.leaves(), problem.leaves()
+    value, tile = loss(*eager_leaves)
+    mode = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(loss, fullgraph=True, backend=mode)
+    compiled_value, compiled_tile = compiled(*compiled_leaves)
+    torch.testing.assert_close(compiled_value, value)
+    torch.testing.assert_close(compiled_tile, tile)
+    for got, expected in zip(
+        torch.autograd.grad(compiled_value, compiled_leaves),
+        torch.autograd.grad(value, eager_leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_the_same(use_reentrant: bool, device: str) -> None:
+    problem = Case(q_len=48, kv_len=48).build(device)
+
+    def attend(query, key, value):
+        return ea.block_sparse_attention(
+            query, key, value, problem.block_mask, backend="triton"
+        )
+
+    plain, checkpointed = problem.leaves(), problem.leaves()
+    expected = torch.autograd.grad(attend(*plain).square().sum(), plain)
+    out = torch.utils.checkpoint.checkpoint(attend, *checkpointed, use_reentrant=use_reentrant)
+    out.square().sum().backward()
+    for leaf, gradient in zip(checkpointed, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+def test_reference_gradients_in_double_precision() -> None:
+    case = Case(q_len=20, kv_len=24, head_dim=16, dtype=torch.float64, is_causal=True)
+    problem = case.build("cpu")
+    out = lambda *leaves: ea.block_sparse_attention(  # noqa: E731
+        *leaves, problem.block_mask, is_causal=True, return_lse=True
+    )
+
+    def finite(*leaves):
+        result, lse = out(*leaves)
+        return result, torch.where(torch.isfinite(lse), lse, 0.0)
+
+    assert torch.autograd.gradcheck(finite, problem.leaves())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cuda_graph_replays_with_new_inputs_and_lists(is_causal: bool) -> None:
+    case = Case(
+        head_dim=64, block_size=(64, 64), q_len=512, kv_len=512, dtype=torch.bfloat16,
+        is_causal=is_causal, kv_heads=2,
+    )  # fmt: skip
+    problem = case.build("cuda")
+    leaves, mask = problem.leaves(), problem.block_mask
+    static = [t.contiguous() for t in (mask.kv_num_blocks, mask.kv_indices)]
+    mask = ea.BlockMask(*static, (64, 64), 512, 512, validate=False)
+
+    def step():
+        out = ea.block_sparse_attention(*leaves, mask, is_causal=is_causal)
+        return out, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = step()
+
+    torch.manual_seed(7)
+    other = case.build("cuda")
+    with torch.no_grad():
+        for leaf, new in zip(leaves, other.inputs, strict=True):
+            leaf.copy_(new)
+        static[0].copy_(other.block_mask.kv_num_blocks)
+        static[1].copy_(other.block_mask.kv_indices)
+    graph.replay()
+    exact, plain = other.dense(torch.float64), other.dense(case.dtype)
+    assert_close_to_reference(out, plain[0], exact[0], "out")
+    expected, allowed = (
+        torch.autograd.grad(d[0], d[3], torch.ones_like(d[0])) for d in (exact, plain)
+    )
+    for got, *references in zip(grads, allowed, expected, strict=True):
+        assert_close_to_reference(got, *references, "gradient")
+
+
+@pytest.mark.gpu
+def test_no_wait_for_the_device() -> None:
+    problem = Case(
+        head_dim=64, block_size=(64, 64), q_len=512, kv_len=512, dtype=torch.float16, is_causal=True
+    ).build("cuda")
+    leaves = problem.leaves()
+    mask = problem.block_mask
+
+    def step():
+        out = ea.block_sparse_attention(*leaves, mask, is_causal=True)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        ea.attention_with_entropy(*problem.inputs, block_mask=mask, is_causal=True)
+        chosen = ea.select_blocks(problem.query, problem.key, is_causal=True)
+        ea.block_sparse_attention(*problem.inputs, chosen, is_causal=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
