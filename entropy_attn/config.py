@@ -42,8 +42,8 @@ class SparsityConfig:
     """
 
     block_size: int | tuple[int, int] = 64
-    scorer: Callable[..., Any] = field(default_factory=lambda: Pooled(8))
-    budget: TopK | TopP | Perplexity = field(default_factory=lambda: Perplexity(2.0))
+    scorer: Callable[..., Any] = field(default_factory=lambda: Pooled(8, reduce="max"))
+    budget: TopK | TopP | Perplexity = field(default_factory=lambda: Perplexity(1.75))
     sink: int = 1
     local: int = 2
     min_length: int = 2048
@@ -172,13 +172,14 @@ def _encode(name: str, value: Any) -> Any:
             f"scorer {value!r} cannot be saved; only {', '.join(SCORERS)} can. Pass it again with "
             "ea.apply(model, config) after loading"
         )
-    if name in ("scorer", "budget") and is_dataclass(value):
+    if name in ("scorer", "budget") and is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | asdict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _decode(name: str, value: Any) -> Any:
-    classes = {"scorer": SCORERS, "budget": BUDGETS}.get(name)
+    registries: dict[str, Mapping[str, Any]] = {"scorer": SCORERS, "budget": BUDGETS}
+    classes = registries.get(name)
     if classes is not None and isinstance(value, Mapping):
         arguments = dict(value)
         kind = arguments.pop("type", None)

@@ -113,9 +113,7 @@ def _save_for_backward(ctx, inputs, output):
     out, lse, row, block = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(row, block)
-    ctx.save_for_backward(
-        query, key, value, out, lse, kv_num_blocks, kv_indices, kv_lens, q_lens
-    )
+    ctx.save_for_backward(query, key, value, out, lse, kv_num_blocks, kv_indices, kv_lens, q_lens)
     ctx.geometry = inputs[7:12]
     ctx.backend = inputs[14]
 

@@ -46,9 +46,7 @@ def assert_close_to_reference(
     special = ~torch.isfinite(exact)
     if not torch.equal(actual.double()[special], exact[special]):
         raise AssertionError(f"{name}: infinities differ from the reference")
-    got, plain, exact = (
-        t.double()[~special] for t in (actual, same_dtype_reference, exact)
-    )
+    got, plain, exact = (t.double()[~special] for t in (actual, same_dtype_reference, exact))
     if exact.numel() == 0:
         return
     if not torch.isfinite(got).all():

@@ -37,7 +37,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; allowed are {allowed}")
         if tensor.dtype != query.dtype:
             raise TypeError(
-                f"{name} has dtype {tensor.dtype} but query has {query.dtype}; cast them to one dtype"
+                f"{name} has dtype {tensor.dtype} but query has {query.dtype}; "
+                "cast them to one dtype"
             )
         if tensor.device != query.device:
             raise ValueError(
@@ -75,7 +76,9 @@ def check_window(window: int | None, is_causal: bool) -> int:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a positive int (tokens) or None, got {window!r}")
     if not is_causal:
-        raise ValueError(f"window={window} needs is_causal=True: it counts keys back from the query")
+        raise ValueError(
+            f"window={window} needs is_causal=True: it counts keys back from the query"
+        )
     return window
 
 
@@ -124,7 +127,9 @@ def check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
         )
 
 
-def check_block_size(block_size: int | tuple[int, int], name: str = "block_size") -> tuple[int, int]:
+def check_block_size(
+    block_size: int | tuple[int, int], name: str = "block_size"
+) -> tuple[int, int]:
     """(block_q, block_k), each a power of two from 16 to 256."""
     sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
     valid = isinstance(sizes, Sequence) and len(sizes) == 2
@@ -177,9 +182,7 @@ def check_density(density: float) -> float:
     return float(density)
 
 
-def check_dense_blocks(
-    dense: Tensor, block_size: tuple[int, int], q_len: int, kv_len: int
-) -> None:
+def check_dense_blocks(dense: Tensor, block_size: tuple[int, int], q_len: int, kv_len: int) -> None:
     """A bool tensor with one entry a block. Values are not read."""
     if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
         got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
@@ -340,7 +343,7 @@ def check_group(name: str, group: int, block_size: tuple[int, int]) -> None:
 
 
 def check_tile_mass(
-    name: str, mass: Tensor, tiles: int, blocks: int, leading: tuple[int, int] | None = None
+    name: str, mass: Tensor, tiles: int, blocks: int, leading: Sequence[int] | None = None
 ) -> None:
     """(B, H, Mq, Mk) fp32 or fp64; the values are checked on the device, see `keep_blocks`."""
     if not isinstance(mass, Tensor) or mass.dtype not in (torch.float32, torch.float64):

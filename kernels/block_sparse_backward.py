@@ -2,7 +2,7 @@
 
 With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
     dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P^T dO.
-(FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta because d lse_i / d S_ij = P_ij.)
+(FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta: d lse_i / d S_ij = P_ij.)
 Three kernels: delta; dK and dV by one program a block of keys, which walks over the queries that
 list it (the transposed lists, CSR) in all query heads of its group; dQ by one program a block of
 queries. P is computed twice, and in return nothing is accumulated through memory.
@@ -150,9 +150,10 @@ def _key_value_kernel(
     for member in range(GROUP):
         head = kv_head * GROUP + member
         if LISTED:
-            offset_base = head_base(
-                offsets_ptr, batch, head, offset_strides[0], offset_strides[1]
-            ) + tile * BLOCK_N // BLOCK_K
+            offset_base = (
+                head_base(offsets_ptr, batch, head, offset_strides[0], offset_strides[1])
+                + tile * BLOCK_N // BLOCK_K
+            )
             begin = tl.load(offset_base)
             count = (tl.load(offset_base + 1) - begin).to(tl.int32)
             list_pointer = head_base(rows_ptr, batch, head, row_strides[0], row_strides[1]) + begin

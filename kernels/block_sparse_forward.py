@@ -109,9 +109,7 @@ def _visit_blocks(
         key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         if MASKED:
-            scores = visible_scores(
-                scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW
-            )
+            scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
         exponents, maximum, shift = online_softmax(scores, scale_log2, maximum)
         p = tl.exp2(exponents)  # (M, N)
         alpha = tl.exp2(shift)  # (M,)
@@ -260,7 +258,7 @@ def forward_config(
         if is_causal and block_d == 64:
             block_n = min(block_n, 64)  # the masks leave too few registers for longer steps
         num_warps = 8 if block_m == 128 and (block_d == 128 or block_n == 64) else 4
-        num_stages = 2 if entropy and block_d == 128 and block_m == 128 or block_d > 128 else 3
+        num_stages = 2 if (entropy and block_d == block_m == 128) or block_d > 128 else 3
     else:
         num_warps = 8 if block_m == 128 else 4
         num_stages = 2

@@ -18,7 +18,7 @@ def device_of(tensor: Tensor):
 
 
 def architecture(device: torch.device) -> str:
-    """"sm80", "sm90", "sm100", "gfx…" and so on; "cpu" under Triton's interpreter."""
+    """One of "sm80", "sm90", "sm100", "gfx…" and so on; "cpu" under Triton's interpreter."""
     return _architecture(device.index or 0) if device.type == "cuda" else "cpu"
 
 
@@ -61,7 +61,9 @@ def list_strides(
 
 def _broadcast_strides(lists: Tensor) -> tuple[int, ...]:
     shape, stride = lists.shape[:3], lists.stride()[:3]
-    return tuple(0 if n == 1 and dim < 2 else s for dim, (n, s) in enumerate(zip(shape, stride)))
+    return tuple(
+        0 if n == 1 and dim < 2 else s for dim, (n, s) in enumerate(zip(shape, stride, strict=True))
+    )
 
 
 def adjacent_lists(

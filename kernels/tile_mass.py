@@ -191,7 +191,8 @@ def _tile_mass_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, STORE_MASS, True,
         PRECISION,
     )  # fmt: skip
-    tl.store(entropy_ptr + batch_head.to(tl.int64) * q_tiles + tile, tl.maximum(entropy, 0.0) * LN_2)
+    entropy = tl.maximum(entropy, 0.0) * LN_2
+    tl.store(entropy_ptr + batch_head.to(tl.int64) * q_tiles + tile, entropy)
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,8 @@ def tile_mass(
         _tile_mass_kernel[(q_tiles * batch * heads,)](
             query, key, lse, mass, entropy, counts, indices, kv_lens, q_lens,
             query.stride(), key.stride(), *list_strides(counts, indices),
-            heads, heads // kv_heads, q_len, kv_len, q_tiles, kv_tiles, window, exponent_scale(scale),
+            heads, heads // kv_heads, q_len, kv_len, q_tiles, kv_tiles, window,
+            exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1], BLOCK_N=config.block_n,
             IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,

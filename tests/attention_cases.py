@@ -55,7 +55,8 @@ class Case:
             return torch.randn(shape, device=device).to(self.dtype)
 
         if self.fused:
-            assert self.q_len == self.kv_len and self.heads == self.kv_heads
+            assert self.q_len == self.kv_len
+            assert self.heads == self.kv_heads
             shape = (self.batch, self.q_len, 3, self.heads, self.head_dim)
             fused = torch.randn(shape, device=device).to(self.dtype)
             query, key, value = (t.transpose(1, 2) for t in fused.unbind(2))
@@ -64,7 +65,8 @@ class Case:
             value = draw(self.kv_heads, self.kv_len)
         blocks = None
         if self.density is not None:
-            tiles = [-(-n // b) for n, b in zip((self.q_len, self.kv_len), self.block_size)]
+            lengths = (self.q_len, self.kv_len)
+            tiles = [-(-n // b) for n, b in zip(lengths, self.block_size, strict=True)]
             shape = (self.mask_batch or self.batch, self.mask_heads or self.heads, *tiles)
             blocks = torch.rand(shape, device=device) < self.density
             blocks[:, :, 0] = False  # rows that see nothing

@@ -2,6 +2,7 @@
 
     python tests/compile_only.py sm90              a table
     python tests/compile_only.py sm90 --json       one JSON object a compiled kernel
+    python tests/compile_only.py sm90 --record     a table, and a record in the result store
 
 The launchers run as always, on CPU tensors, through the same custom ops as the API, so that the
 default configurations of that GPU are what is compiled. Two things are replaced: Triton's driver,
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -252,7 +252,7 @@ CASES = (
     Attention(64, 64, is_causal=True),
     Attention(80, 64, is_causal=True, lens=True),
     Attention(64, 64, dtype=torch.float32, is_causal=True, entropy=True),
-    Attention(128, 128, dtype=torch.float32, dense=True),
+    Attention(128, 128, dtype=torch.float32, dense=True, backward=False),
     Attention(256, 64, is_causal=True),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
@@ -274,9 +274,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arch", choices=TARGETS)
     parser.add_argument("--json", action="store_true", help="one JSON object a kernel")
+    parser.add_argument("--record", action="store_true", help="append to the result store")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
+    found = []
     for each in compiled_kernels(arguments.arch):
+        found.append(each)
         if arguments.json:
             print(json.dumps(asdict(each)), flush=True)
         else:
@@ -286,6 +289,16 @@ def main() -> None:
                 f"{each.spills:5} B spilled {each.shared / KIB:6.1f} KiB {each.seconds:5.1f} s",
                 flush=True,
             )
+    if arguments.record:
+        record(arguments.arch, found)
+
+
+def record(arch: str, found: list[Compiled]) -> None:
+    """Append what the kernels take on one GPU to the result store, as one record."""
+    from entropy_attn.benchmarks.store import Record, Store
+
+    kernels = [asdict(each) for each in found]
+    Store().append(Record("compile_only", {"arch": arch}, {"status": "ok", "kernels": kernels}))
 
 
 if __name__ == "__main__":

@@ -216,10 +216,27 @@ def test_reference_matches_dense_for_any_shape(case: Case, seed: int) -> None:
     check_forward_and_backward(case, "cpu", "reference")
 
 
+@st.composite
+def gpu_cases(draw) -> Case:
+    """Any lengths and densities; what makes a new kernel takes few values, as compiling is slow."""
+    return Case(
+        head_dim=40,
+        block_size=(32, 64),
+        q_len=draw(st.integers(1, 700)),
+        kv_len=draw(st.integers(1, 700)),
+        heads=4,
+        kv_heads=2,
+        dtype=torch.bfloat16,
+        is_causal=draw(st.booleans()),
+        lens=True,
+        density=draw(st.sampled_from((0.05, 0.3, 0.6, 1.0))),
+    )
+
+
 @pytest.mark.gpu
-@settings(max_examples=300, deadline=None)
-@given(case=cases((torch.float32, torch.float16, torch.bfloat16)), seed=st.integers(0, 2**20))
-def test_gpu_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
+@settings(max_examples=150, deadline=None)
+@given(case=gpu_cases(), seed=st.integers(0, 2**20))
+def test_gpu_kernel_matches_dense_for_any_length(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     check_forward_and_backward(case, "cuda", "triton")
 

@@ -1,12 +1,13 @@
 """Every kernel compiles for GPUs that are not here, and its shared memory fits them.
 
-Spills cost speed, not correctness: they are recorded and bounded where it was measured.
+Spills cost speed, not correctness: `python tests/compile_only.py ARCH --record` keeps them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,6 @@ KERNELS = {
 
 def jit_functions() -> set[str]:
     """The kernels that launchers start, found in their sources: those called with a grid."""
-    import re
-
     folder = HARNESS.parent.parent / "kernels"
     launched = re.compile(r"\b_(\w+_kernel)\[\(")
     return {name for path in folder.glob("*.py") for name in launched.findall(path.read_text())}

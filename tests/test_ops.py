@@ -40,9 +40,7 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
             torch.library.opcheck(ops.attention_backward, backward)
         for return_mass, given in ((True, None), (False, lse)):
             pair = (problem.query, problem.key, given)
-            torch.library.opcheck(
-                ops.tile_mass, (*pair, *lists, *geometry, return_mass, backend)
-            )
+            torch.library.opcheck(ops.tile_mass, (*pair, *lists, *geometry, return_mass, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,9 +77,7 @@ def test_activation_checkpointing_recomputes_the_same(use_reentrant: bool, devic
     problem = Case(q_len=48, kv_len=48).build(device)
 
     def attend(query, key, value):
-        return ea.block_sparse_attention(
-            query, key, value, problem.block_mask, backend="triton"
-        )
+        return ea.block_sparse_attention(query, key, value, problem.block_mask, backend="triton")
 
     plain, checkpointed = problem.leaves(), problem.leaves()
     expected = torch.autograd.grad(attend(*plain).square().sum(), plain)

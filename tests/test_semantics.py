@@ -59,9 +59,7 @@ def test_lists_pick_their_blocks(backend: str, device: str) -> None:
     blocks[0, 0, 0, 2] = True  # keys 32..47
     blocks[0, 0, 1, [0, 3]] = True  # keys 0..15 and 48..63
     mask = ea.BlockMask.from_dense(blocks, 16, 64, 64)
-    out, lse = ea.block_sparse_attention(
-        query, key, value, mask, return_lse=True, backend=backend
-    )
+    out, lse = ea.block_sparse_attention(query, key, value, mask, return_lse=True, backend=backend)
     expected = torch.tensor([39.5, 31.5, 0.0, 0.0], device=device).repeat_interleave(16)
     torch.testing.assert_close(out[0, 0, :, 0], expected)
     counts = torch.tensor([16.0, 32.0, 0.0, 0.0], device=device).repeat_interleave(16)
@@ -99,9 +97,7 @@ def test_zero_sizes(backend: str, device: str, shape: tuple[int, ...]) -> None:
     query = torch.randn(batch, heads, q_len, 16, device=device, requires_grad=True)
     key = torch.randn(batch, heads, kv_len, 16, device=device, requires_grad=True)
     mask = ea.BlockMask.full(1, 1, q_len, kv_len, 16, device=device)
-    out, lse = ea.block_sparse_attention(
-        query, key, key, mask, return_lse=True, backend=backend
-    )
+    out, lse = ea.block_sparse_attention(query, key, key, mask, return_lse=True, backend=backend)
     assert out.shape == query.shape
     assert (out == 0).all()
     assert (lse == -math.inf).all()

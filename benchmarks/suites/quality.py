@@ -31,7 +31,7 @@ from entropy_attn.benchmarks.registry import Context, Row
 
 
 def settings(form: str) -> list[Setting]:
-    """DESIGN's table and the points beside it that make curves of it."""
+    """Oracle, predictors and a local window, each at several budgets that make a curve."""
     oracle = [Setting("true mass", ea.TrueMass(), ea.Perplexity(1.0))]
     pooled_max = [Setting("pooled 8, max", ea.Pooled(8, reduce="max"), ea.Perplexity(1.0))]
     if form == "small":
@@ -49,7 +49,7 @@ def settings(form: str) -> list[Setting]:
     ]
     pooled_max += [
         Setting("pooled 8, max", ea.Pooled(8, reduce="max"), ea.Perplexity(c))
-        for c in (0.5, 1.5, 2.0)
+        for c in (0.5, 1.5, 1.75, 2.0)
     ]
     pooled += [Setting("pooled 8", ea.Pooled(8), b) for b in (ea.TopP(0.9), ea.Perplexity(1.0))]
     others = [

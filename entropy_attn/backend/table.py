@@ -52,7 +52,8 @@ def _probe_triton() -> tuple[str | None, str | None]:
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install triton; Linux only)", None
     if not torch.cuda.is_available() and not triton_interprets():
-        return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU)", installed
+        reason = "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+        return reason, installed
     return None, installed
 
 
