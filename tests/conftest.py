@@ -32,6 +32,22 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def launched_kernels(request: pytest.FixtureRequest, record_property):
+    """Note which kernels a GPU test launched; `make test-gpu` puts them into its record."""
+    if not HAS_GPU or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from triton import knobs
+
+    names = set()
+    hook = lambda metadata: names.add(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    yield
+    knobs.runtime.launch_enter_hook.remove(hook)
+    record_property("kernels", sorted(names))
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run: a GPU, or the CPU under Triton's interpreter."""

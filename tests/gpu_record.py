@@ -30,20 +30,16 @@ class Outcome:
     kernels: set[str] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
 
-    def pytest_configure(self, config: pytest.Config) -> None:
-        from triton import knobs
-
-        knobs.runtime.launch_enter_hook.add(self._launched)
-
-    def _launched(self, metadata) -> None:
-        self.kernels.add(metadata.get()["name"])
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test counts once: by its call, or by a setup or teardown that did not pass.
         if report.when == "call" or not report.passed:
             self.counts[report.outcome] += 1
         if report.skipped:
             self.skipped.append(report.nodeid)
+        if report.when == "teardown":  # the fixture launched_kernels notes them
+            for name, value in report.user_properties:
+                if name == "kernels":
+                    self.kernels.update(value)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         # A module that skips or breaks while it is collected hides all its tests.

@@ -43,16 +43,16 @@ HALF = [
 ]
 LARGE_SHAPES = [
     (head_dim, block_size, torch.bfloat16)
-    for head_dim in (16, 64, 80, 96, 128, 192, 256)
+    for head_dim in (16, 64, 80, 96, 128, 256)
     for block_size in ((64, 64), (128, 128))
 ]
 LARGE_SHAPES += [
     (head_dim, block_size, torch.float16)
     for head_dim in (64, 128)
-    for block_size in ((32, 32), (128, 64), (64, 128), (16, 256), (256, 32), (256, 256))
+    for block_size in ((32, 32), (128, 64), (64, 128), (16, 256), (256, 32))
 ]
 LARGE_SHAPES += [(64, (64, 64), torch.float32), (80, (32, 32), torch.float32)]
-LARGE_SHAPES += [(128, (128, 128), torch.float32), (256, (64, 64), torch.float32)]
+LARGE_SHAPES += [(128, (128, 128), torch.float32), (192, (64, 64), torch.float16)]
 LARGE = [
     Case(head_dim=head_dim, block_size=block_size, dtype=dtype, is_causal=is_causal,
          q_len=577, kv_len=705, heads=4, kv_heads=2, lens=is_causal)
@@ -145,13 +145,18 @@ def check_entropies(case: Case, device: str, backend: str) -> None:
         "block": lambda p: dense.entropy(dense.sum_blocks(p, block_k, -1)),
         "tile": lambda p: dense.entropy(dense.dense_tile_mass(p, case.block_size)),
     }
+    # An error of the scores moves an entropy by at most the spread of log p, about log N, times it.
+    score = term_sizes(problem, exact[2].detach(), out)["score"]
+    size = score * torch.tensor(float(case.kv_len)).log().item()
     for kind, measure in measures.items():
         expected = measure(exact[2].detach())
         # An entropy is a difference of logarithms: its rounding is that of log N.
         scale = torch.full_like(expected, torch.tensor(float(case.kv_len)).log().item() + 1.0)
         actual = getattr(got, kind) + scale
         allowed = measure(plain[2].detach()) + scale
-        assert_close_to_reference(actual.float(), allowed, expected + scale, f"{kind} entropy")
+        assert_close_to_reference(
+            actual.float(), allowed, expected + scale, f"{kind} entropy", magnitude=size
+        )
         assert (getattr(got, kind) >= 0).all()
 
 
@@ -234,7 +239,7 @@ def gpu_cases(draw) -> Case:
 
 
 @pytest.mark.gpu
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=gpu_cases(), seed=st.integers(0, 2**20))
 def test_gpu_kernel_matches_dense_for_any_length(case: Case, seed: int) -> None:
     torch.manual_seed(seed)

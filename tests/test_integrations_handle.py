@@ -45,7 +45,7 @@ def test_handles_nest():
     second = ea.apply(model, KEEP_FEW)
     model(IDS)
     assert [layer.sparse for layer in first.stats().layers] == [1, 1]
-    with pytest.raises(RuntimeError, match="remove that handle first"):
+    with pytest.raises(RuntimeError, match="remove the later handle first"):
         first.remove()
     second.remove()
     assert torch.equal(model(IDS).logits, expected)
@@ -57,7 +57,7 @@ def test_removing_in_the_wrong_order_leaves_the_model_usable():
     plain = model(IDS).logits
     first = ea.apply(model, KEEP_ALL)
     second = ea.apply(model, KEEP_FEW)
-    with pytest.raises(RuntimeError, match="remove that handle first"):
+    with pytest.raises(RuntimeError, match="remove the later handle first"):
         first.remove()
     second.remove()
     first.remove()
@@ -140,12 +140,12 @@ def test_save_and_load(family, tmp_path):
 
     cls = type(model)
     loaded = cls.from_pretrained(tmp_path, attn_implementation="entropy_attn")
-    assert torch.equal(loaded(**inputs).logits, expected)
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
     plain = cls.from_pretrained(tmp_path)
-    assert not torch.equal(plain(**inputs).logits, expected)
+    assert not torch.allclose(plain(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
     with ea.apply(plain) as handle:
         assert handle.config == PER_LAYER
-        assert torch.equal(plain(**inputs).logits, expected)
+        torch.testing.assert_close(plain(**inputs).logits, expected)
         assert all_sparse(handle)
 
 
@@ -171,8 +171,8 @@ def test_copies_keep_their_settings():
         expected = model(IDS).logits
         twin = copy.deepcopy(model)
         thawed = pickle.loads(pickle.dumps(model))
-    assert torch.equal(twin(IDS).logits, expected)
-    assert torch.equal(thawed(IDS).logits, expected)
+    torch.testing.assert_close(twin(IDS).logits, expected)
+    torch.testing.assert_close(thawed(IDS).logits, expected)
 
 
 @torch.no_grad()

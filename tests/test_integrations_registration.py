@@ -21,49 +21,28 @@ model(ids)
 layer = model.model.layers[0].self_attn._entropy_attn_layer
 assert sum(layer.recorder.calls.values()) == 1
 """
-ORDERS = {
+SCRIPTS = {
     "entropy_attn first": """
 import sys, torch
 import entropy_attn as ea
 assert "transformers" not in sys.modules and "triton" not in sys.modules
 import transformers
-""",
+"""
+    + BUILD,
     "transformers first": """
 import torch, transformers
 import entropy_attn as ea
-""",
-    "transformers loaded first": """
+"""
+    + BUILD,
+    "transformers loaded first, registered twice": """
 import torch, transformers
 transformers.LlamaForCausalLM
 import entropy_attn as ea
-""",
-    "twice and by hand": """
-import torch
-import entropy_attn as ea, transformers
 ea.register()
 ea.register()
-""",
-}
-
-
-def run(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:entropy_attn", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_import_order(order):
-    done = run(ORDERS[order] + BUILD)
-    assert done.returncode == 0, done.stderr
-
-
-def test_missing_transformers_is_named():
-    code = """
+"""
+    + BUILD,
+    "transformers missing": """
 import sys
 sys.modules["transformers"] = None
 import entropy_attn as ea
@@ -73,6 +52,25 @@ except ImportError as error:
     assert "transformers >= 4.56 is needed" in str(error), error
 else:
     raise SystemExit("no error")
-"""
-    done = run(code)
-    assert done.returncode == 0, done.stderr
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """All scripts at once: most of their time is the import of torch."""
+    command = [sys.executable, "-W", "error::UserWarning:entropy_attn", "-c"]
+    started = {
+        name: subprocess.Popen([*command, script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for name, script in SCRIPTS.items()
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_fresh_process(processes, name):
+    _, errors = processes[name].communicate(timeout=300)
+    assert processes[name].returncode == 0, errors

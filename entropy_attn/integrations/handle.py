@@ -9,7 +9,12 @@ from torch import nn
 
 from entropy_attn.config import SparsityConfig, selects
 from entropy_attn.integrations.layer import SparseLayer
-from entropy_attn.integrations.sites import AttentionSite, check_reach, find_sites
+from entropy_attn.integrations.sites import (
+    AttentionSite,
+    Installation,
+    check_reach,
+    find_sites,
+)
 from entropy_attn.integrations.statistics import Statistics
 
 # Where transformers' config object carries the SparsityConfig, as a dict; saved with the model.
@@ -30,12 +35,12 @@ class Handle:
         model: nn.Module,
         config: SparsityConfig,
         layers: tuple[SparseLayer, ...],
-        undo: ExitStack,
+        installation: Installation,
     ) -> None:
         self.model = model
         self.config = config
         self.layers = layers
-        self._undo = undo
+        self._installation = installation
 
     def stats(self) -> Statistics:
         """What each layer did since `apply` or the last `reset_stats`. Waits for the device."""
@@ -50,8 +55,9 @@ class Handle:
 
         Raises:
             RuntimeError: the attention was replaced again since; remove the later handle first.
+                Nothing is changed then.
         """
-        self._undo.close()
+        self._installation.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -93,11 +99,9 @@ def apply(
     sites = find_sites(model)
     check_reach(model, sites, partial)
     layers = make_layers(sites, config)
-    with ExitStack() as undo:
-        for site, layer in zip(sites, layers, strict=True):
-            site.install(layer, undo)
-        _save_config(model, config, undo)
-        return Handle(model, config, layers, undo.pop_all())
+    installation = Installation(sites, layers)
+    _save_config(model, config, installation.undo)
+    return Handle(model, config, layers, installation)
 
 
 def make_layers(sites: list[AttentionSite], config: SparsityConfig) -> tuple[SparseLayer, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from entropy_attn.api import attention_with_entropy
 from entropy_attn.entropy import AttentionEntropy
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.integrations.padding import restore, valid_first
-from entropy_attn.integrations.sites import check_reach, find_sites
+from entropy_attn.integrations.sites import Installation, check_reach, find_sites
 from entropy_attn.integrations.statistics import visible_blocks
 from entropy_attn.integrations.table import render
 from entropy_attn.validation import check_block_size
@@ -167,12 +166,12 @@ class Observation:
         model: nn.Module,
         observers: tuple[_Observer, ...],
         block_size: tuple[int, int],
-        undo: ExitStack,
+        installation: Installation,
     ) -> None:
         self.model = model
         self.block_size = block_size
         self._observers = observers
-        self._undo = undo
+        self._installation = installation
 
     @property
     def layers(self) -> tuple[LayerEntropy, ...]:
@@ -194,7 +193,7 @@ class Observation:
 
     def remove(self) -> None:
         """Stop observing; the numbers stay. A second call does nothing."""
-        self._undo.close()
+        self._installation.remove()
 
     def __enter__(self) -> Observation:
         return self
@@ -283,7 +282,4 @@ def observe(
     sites = find_sites(model)
     check_reach(model, sites, partial)
     observers = tuple(_Observer(site.name, size, keep_rows, backend) for site in sites)
-    with ExitStack() as undo:
-        for site, observer in zip(sites, observers, strict=True):
-            site.install(observer, undo)
-        return Observation(model, observers, size, undo.pop_all())
+    return Observation(model, observers, size, Installation(sites, observers))

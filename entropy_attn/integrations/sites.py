@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -25,6 +26,40 @@ class AttentionSite(Protocol):
     def install(self, layer: Layer, undo: ExitStack) -> None:
         """Let ``layer`` compute this attention; push onto ``undo`` what takes it out again."""
         ...
+
+    def installed(self) -> Layer | None:
+        """The layer that computes this attention now, None for the module's own."""
+        ...
+
+
+class Installation:
+    """Layers put into the sites of a model, all or none.
+
+    Attributes:
+        undo: more that `remove` has to undo can be pushed here.
+    """
+
+    def __init__(self, sites: Sequence[AttentionSite], layers: Sequence[Layer]) -> None:
+        self._pairs = tuple(zip(sites, layers, strict=True))
+        with ExitStack() as undo:
+            for site, layer in self._pairs:
+                site.install(layer, undo)
+            self.undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Give the model its own attention back, exactly; a second call does nothing.
+
+        Raises:
+            RuntimeError: other layers were put in since; nothing is changed.
+        """
+        for site, layer in self._pairs:
+            if site.installed() is not layer:
+                raise RuntimeError(
+                    f"the attention of {site.name} was replaced again since; remove the later "
+                    "handle first"
+                )
+        self._pairs = ()
+        self.undo.close()
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:

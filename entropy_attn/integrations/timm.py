@@ -33,28 +33,29 @@ class TimmSite:
         own_forward = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Route(layer) as route:
+            reached: list[bool] = []
+            with _Route(layer, reached):
                 out = own_forward(*args, **kwargs)
-            if not route.reached:
+            if not reached:
                 raise RuntimeError(
                     f"{type(module).__name__} ({self.name}) did not call "
                     "scaled_dot_product_attention, so its attention was not replaced"
                 )
             return out
 
+        forward.layer = layer
         module.forward = forward
         module.fused_attn = True
 
         def take_out() -> None:
-            if attributes.get("forward") is not forward:
-                raise RuntimeError(
-                    f"the attention of {self.name} was replaced again; remove that handle first"
-                )
             for key in ("forward", "fused_attn"):
                 del attributes[key]
             attributes.update(before)
 
         undo.callback(take_out)
+
+    def installed(self) -> Layer | None:
+        return getattr(self.module.__dict__.get("forward"), "layer", None)
 
 
 def find_sites(model: nn.Module) -> list[TimmSite]:
@@ -69,16 +70,16 @@ def find_sites(model: nn.Module) -> list[TimmSite]:
 class _Route(TorchFunctionMode):
     """Sends scaled_dot_product_attention to a layer."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, reached: list[bool]) -> None:
         super().__init__()
         self.layer = layer
-        self.reached = False
+        self.reached = reached
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is not scaled_dot_product_attention:
             return function(*args, **kwargs)
-        self.reached = True
+        self.reached.append(True)
         return _attend(self.layer, *args, **kwargs)
 
 

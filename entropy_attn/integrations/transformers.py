@@ -185,16 +185,15 @@ class TransformersSite:
         attributes[ATTRIBUTE] = layer
 
         def take_out() -> None:
-            if attributes.get(ATTRIBUTE) is not layer:
-                raise RuntimeError(
-                    f"the attention of {self.name} was replaced again; remove that handle first"
-                )
             if before_layer is None:
                 del attributes[ATTRIBUTE]
             else:
                 attributes[ATTRIBUTE] = before_layer
 
         undo.callback(take_out)
+
+    def installed(self) -> Layer | None:
+        return self.module.__dict__.get(ATTRIBUTE)
 
 
 def find_sites(model: nn.Module) -> list[TransformersSite]:
