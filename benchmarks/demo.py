@@ -257,14 +257,14 @@ def _times(model: Any, settings: Sequence[Setting], ids: Tensor) -> tuple[dict[s
 
 
 def _draw(demo: Demo, scorer: str, tiles: Sequence[tuple[Tensor, Tensor]], out: Path) -> list[Path]:
-    curves: dict[str, list[Point]] = {}
-    for row in demo.rows:
-        if row.family != "dense":
-            point = Point(row.density, row.change, row.label)
-            curves.setdefault(row.family, []).append(point)
+    points = [
+        Point(row.family, row.label, row.density, row.change)
+        for row in demo.rows
+        if row.change is not None
+    ]
     title = f"{MODEL_NAME}, {demo.context} tokens of prose: what sparse attention costs"
     files = [out / "frontier.png", out / "masks.png"]
-    frontier(curves, title, files[0])
+    frontier(points, title, files[0])
     mask_heat_maps(
         heads_to_show(tiles),
         f"{MODEL_NAME}: the attention of four heads, and the blocks that {scorer} chose",

@@ -12,8 +12,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -34,44 +37,65 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a frontier."""
+    """One way of choosing blocks: its family, its budget as "Kind(amount)", and what it costs."""
 
+    family: str
+    budget: str
     density: float
     change: float
-    label: str
+
+    @property
+    def kind(self) -> str:
+        return self.budget.split("(")[0]
+
+    @property
+    def amount(self) -> str:
+        return self.budget.removeprefix(f"{self.kind}(").removesuffix(")")
 
 
-def frontier(curves: Mapping[str, Sequence[Point]], title: str, path: Path) -> None:
-    """Perplexity change against density, one curve per way of choosing blocks."""
+def frontier(points: Sequence[Point], title: str, path: Path) -> None:
+    """Change of perplexity against density: colours are families, markers are budgets."""
+    families = list(dict.fromkeys(point.family for point in points))
+    kinds = list(dict.fromkeys(point.kind for point in points))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
         axes.axhline(0.0, color="black", linewidth=0.8)
-        for index, (name, points) in enumerate(curves.items()):
-            points = sorted(points, key=lambda point: point.density)
+        for family, kind in dict.fromkeys((point.family, point.kind) for point in points):
+            curve = [p for p in points if (p.family, p.kind) == (family, kind)]
+            curve.sort(key=lambda point: point.density)
+            colour = COLOURS[families.index(family) % len(COLOURS)]
             axes.plot(
-                [100 * point.density for point in points],
-                [point.change for point in points],
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                [100 * point.density for point in curve],
+                [point.change for point in curve],
+                color=colour,
+                marker=MARKERS[kinds.index(kind) % len(MARKERS)],
                 linewidth=1.5,
-                label=name,
             )
-            for point in points:
+            for point in curve:
                 axes.annotate(
-                    point.label,
+                    point.amount,
                     (100 * point.density, point.change),
                     textcoords="offset points",
-                    xytext=(6, 5),
+                    xytext=(5, 5),
                     fontsize=7.5,
-                    color=COLOURS[index % len(COLOURS)],
+                    color=colour,
                 )
+        handles: list[Artist] = [
+            Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(families)
+        ]
+        handles += [
+            Line2D(
+                [], [], color="black", marker=MARKERS[i % len(MARKERS)], ls="", label=f"{kind}()"
+            )
+            for i, kind in enumerate(kinds)
+        ]
         axes.set_xlabel("density: share of the causal tiles that are computed")
         axes.set_ylabel("change of perplexity")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, loc="left")
-        axes.margins(x=0.12, y=0.12)
-        axes.legend()
+        axes.margins(x=0.1, y=0.12)
+        axes.legend(handles=handles, fontsize=9)
         _save(figure, path)
 
 
@@ -117,26 +141,30 @@ def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None
         _save(figure, path)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], ylabel: str, title: str, path: Path) -> None:
-    """Grouped bars: one group per case, one bar per contestant, in the order of first mention."""
+def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, path: Path) -> None:
+    """Grouped bars: one group per case, one bar per contestant, the first on top."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    count = sum(map(len, groups.values()))
     with plt.rc_context(STYLE):
-        width = max(7.5, 0.24 * sum(map(len, groups.values())) + 2)
-        figure, axes = plt.subplots(figsize=(width, 4.6), layout="constrained")
+        height = 0.17 * count + 0.2 * len(groups) + 1.6
+        figure, axes = plt.subplots(figsize=(8.0, height), layout="constrained")
         position, ticks = 0.0, []
         for group in groups.values():
             present = [name for name in names if name in group]
             for offset, name in enumerate(present):
-                axes.bar(position + offset, group[name], 0.9, color=_colour(names, name))
+                at, value = position + offset, group[name]
+                axes.barh(at, value, 0.9, color=_colour(names, name))
+                axes.text(value, at, f" {value:.0f}", va="center", fontsize=7)
             ticks.append(position + (len(present) - 1) / 2)
-            position += len(present) + 1.2
-        for name in names:
-            axes.bar(0, 0, color=_colour(names, name), label=name)
-        axes.set_xticks(ticks, list(groups))
-        axes.grid(axis="x", visible=False)
-        axes.set_ylabel(ylabel)
+            position += len(present) + 1
+        handles = [Patch(color=_colour(names, name), label=name) for name in names]
+        axes.set_yticks(ticks, list(groups), fontsize=8.5)
+        axes.set_ylim(position - 0.6, -0.8)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(xlabel)
         axes.set_title(title, loc="left")
-        axes.legend(ncols=2, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16))
+        figure.legend(handles=handles, ncols=3, fontsize=8.5, loc="outside lower center")
         _save(figure, path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.environment import machine_name
 from entropy_attn.benchmarks.store import Record, Store
 
@@ -110,17 +110,21 @@ def _attention(direction: str) -> Callable[[Store], str]:
         names = [name for name in names if name != OURS_WITH_ENTROPY]
         rows = []
         for title, case in cases.items():
-            best = max(r.result["tflops"] for name, r in case.items() if name in names)
+            fastest = min(r.result["median_ms"] for n, r in case.items() if n in names)
             cells = []
             for name in names:
-                value = case[name].result["tflops"] if name in case else None
-                cell = "–" if value is None else f"{value:.0f}"
-                cells.append(f"**{cell}**" if value == best else cell)
+                if name not in case:
+                    cells.append("–")
+                    continue
+                found = case[name].result
+                cell = f"{found['tflops']:.0f} ({found['median_ms']:.2f} ms)"
+                cells.append(f"**{cell}**" if found["median_ms"] == fastest else cell)
             rows.append([title, *cells])
         config = records[0].config
         setup = (
             f"TFLOP/s on visited tiles, {direction}, {config['dtype']}, B={config['batch']} "
-            f"H={config['heads']} N={config['length']}. Dense contestants visit every tile."
+            f"H={config['heads']} N={config['length']}. Dense contestants visit every tile; the "
+            "fastest is in bold."
         )
         return f"{setup}\n\n{markdown(['case', *names], rows)}"
 
@@ -224,11 +228,13 @@ def draw(store: Store, folder: Path) -> list[Path]:
     drawn = []
     for direction in ("forward", "backward"):
         for machine, records in by_machine(full_records(store, "attention", direction=direction)):
+            # Dense contestants do other work where the mask is sparse; the table has their times.
             groups = {
-                title.replace(", ", "\n"): {
+                title: {
                     name: r.result["tflops"]
                     for name, r in case.items()
                     if name != OURS_WITH_ENTROPY
+                    and (CONTESTANTS[name].sparse or r.config["density"] == 1)
                 }
                 for title, case in cases_of(records).items()
             }
@@ -246,15 +252,16 @@ def draw(store: Store, folder: Path) -> list[Path]:
         drawn.append(path)
     for machine, records in by_machine(full_records(store, "quality")):
         for text in dict.fromkeys(r.config["text"] for r in records):
-            families: dict[str, list[plots.Point]] = {}
-            for r in records:
-                if r.config["text"] == text and r.config.get("block") == 64:
-                    label = r.config["budget"]
-                    point = plots.Point(r.result["density"], r.result["change"], label)
-                    families.setdefault(r.config["family"], []).append(point)
+            points = [
+                plots.Point(
+                    r.config["family"], r.config["budget"], r.result["density"], r.result["change"]
+                )
+                for r in records
+                if r.config["text"] == text and r.config.get("block") == 64
+            ]
             part = "held_out" if "held-out" in text else "development"
             path = folder / f"quality_{part}_{_slug(machine)}.png"
-            plots.frontier(families, f"SmolLM2-135M, {text}", path)
+            plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
     return drawn
 

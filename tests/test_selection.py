@@ -298,7 +298,9 @@ def uniform(query, key, **options):
 
 
 @pytest.mark.parametrize(
-    "scorer", [*SCORERS[:2], ea.Antidiagonal(4), ea.TrueMass(), uniform], ids=str
+    "scorer",
+    [*SCORERS[:2], ea.Antidiagonal(4), ea.TrueMass(), uniform],
+    ids=lambda scorer: getattr(scorer, "__name__", str(scorer)),
 )
 def test_compiles_without_graph_breaks(scorer):
     query, key = inputs(64, 64)

@@ -38,8 +38,8 @@ def cases(form: str) -> list[AttentionCase]:
     for head_dim in (128, 64):
         backward = AttentionCase(head_dim, 8192, direction="backward")
         found += [backward, replace(backward, density=0.25)]
-    found += [AttentionCase(128, 16384, 0.25, block, irregular=True) for block in (128, 64)]
     found += [AttentionCase(128, 16384, density, is_causal=True) for density in (1.0, 0.25)]
+    found += [AttentionCase(128, 16384, 0.25, block, irregular=True) for block in (128, 64)]
     found += [
         AttentionCase(head_dim, 8192, 0.25, block=64, direction="backward")
         for head_dim in (128, 64)

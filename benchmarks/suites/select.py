@@ -24,7 +24,7 @@ from entropy_attn.testing import assert_close_to_reference
 DENSITY = 0.2
 INPUT_SETS = 3
 ATTENTION = "attention"
-SCORERS = (ea.Pooled(8), ea.Antidiagonal(8), ea.Antidiagonal(16))
+SCORERS = (ea.Pooled(8), ea.Pooled(8, reduce="max"), ea.Antidiagonal(16))
 BUDGETS = (ea.TopK(DENSITY), ea.TopP(0.95), ea.Perplexity(1.0))
 
 
@@ -43,11 +43,12 @@ class Step:
 def cases(form: str) -> list[AttentionCase]:
     if form == "small":
         return [AttentionCase(64, 512, DENSITY, 64, batch=1, heads=2, dtype="float32")]
-    sizes = [(128, 64), (128, 128), (64, 64), (64, 128)] if form == "full" else [(128, 64)]
+    kinds = [(128, 64, False), (128, 64, True)]  # head_dim, block, is_causal
+    if form == "full":
+        kinds += [(64, 64, False), (64, 64, True), (128, 128, False)]
     return [
         AttentionCase(head_dim, 16384, DENSITY, block, is_causal=is_causal)
-        for head_dim, block in sizes
-        for is_causal in (False, True)
+        for head_dim, block, is_causal in kinds
     ]
 
 

@@ -86,9 +86,9 @@ def attention_function(
         window=sliding_window,
         **_mask_arguments(module, attention_mask, query, key, kwargs),
     )
-    layer = getattr(module, ATTRIBUTE, None)
-    if layer is None:
-        layer = _settle(module)
+    if getattr(module, ATTRIBUTE, None) is None:
+        _settle(module)
+    layer = getattr(module, ATTRIBUTE)
     return layer.attend(call).transpose(1, 2).contiguous(), None
 
 
