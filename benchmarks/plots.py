@@ -58,7 +58,7 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
     families = list(dict.fromkeys(point.family for point in points))
     kinds = list(dict.fromkeys(point.kind for point in points))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
         axes.axhline(0.0, color="black", linewidth=0.8)
         for family, kind in dict.fromkeys((point.family, point.kind) for point in points):
             curve = [p for p in points if (p.family, p.kind) == (family, kind)]
@@ -95,7 +95,7 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, loc="left")
         axes.margins(x=0.1, y=0.12)
-        axes.legend(handles=handles, fontsize=9)
+        figure.legend(handles=handles, fontsize=9, loc="outside right upper")
         _save(figure, path)
 
 

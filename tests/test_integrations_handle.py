@@ -165,6 +165,28 @@ def test_loaded_without_a_config_takes_the_defaults(tmp_path):
 
 
 @torch.no_grad()
+def test_switching_a_built_model():
+    model = build("llama")
+    plain = model(IDS).logits
+    model.config.entropy_attn = KEEP_FEW.to_dict()
+    model.set_attn_implementation("entropy_attn")
+    few = model(IDS).logits
+    assert not torch.allclose(few, plain, rtol=1e-3, atol=1e-4)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(IDS).logits, plain)
+
+
+@torch.no_grad()
+def test_saved_settings_of_another_model_raise(tmp_path):
+    model = build("llama")
+    model.config.entropy_attn = ea.SparsityConfig(dense_layers=(5,)).to_dict()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="entropy_attn")
+    with pytest.raises(ValueError, match="dense_layers names 5, but the model has 2"):
+        loaded(IDS)
+
+
+@torch.no_grad()
 def test_copies_keep_their_settings():
     model = build("llama")
     with ea.apply(model, PER_LAYER):

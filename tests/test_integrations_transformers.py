@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from integration_models import (
     DECODERS,
+    GROUPED,
     KEEP_ALL,
     KEEP_FEW,
     MODELS,
+    SIZES,
     all_sparse,
     build,
     dense_logits,
@@ -208,6 +212,62 @@ def test_prefill_in_chunks(family, cache, padded):
         assert [layer.sparse for layer in handle.stats().layers] == [4, 4]
 
 
+# --- models of several parts --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cross_attention():
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    mask = padding_mask("both", 180)
+    inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
+    beams = inputs | {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    expected = model.generate(**beams)
+    inputs["decoder_input_ids"] = tokens(3, 70, seed=2)
+    dense = dense_logits(model, **inputs)
+    with ea.apply(model, KEEP_ALL) as handle:
+        dense.check(model(**inputs).logits)
+        assert torch.equal(model.generate(**beams), expected)
+        assert all_sparse(handle)
+        assert len(handle.layers) == 3  # encoder, decoder, and from one to the other
+
+
+@torch.no_grad()
+def test_vision_and_text(tmp_path):
+    """Each part has a config of its own; layers are counted over both."""
+    vision = {k: SIZES[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **vision, num_hidden_layers=2, image_size=48, patch_size=8
+        ),
+        text_config=transformers.LlamaConfig(**GROUPED),
+        image_token_index=96,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = tokens(1, 100) % 96
+    ids[:, 5:41] = 96
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 48, 48)}
+    dense = dense_logits(model, **inputs)
+    config = replace(KEEP_ALL, dense_layers=("*vision*layers.1.*",))
+    with ea.apply(model, config) as handle:
+        dense.check(model(**inputs).logits)
+        assert sorted(layer.sparse for layer in handle.stats().layers) == [0, 1, 1, 1]
+        model.save_pretrained(tmp_path)
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    assert {part._attn_implementation for part in parts} == {"sdpa"}
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="entropy_attn")
+    dense.check(loaded(**inputs).logits)
+    calls = [m._entropy_attn_layer.recorder.calls["sparse"] for m in attention_of(loaded)]
+    assert sorted(calls) == [0, 1, 1, 1]
+
+
+def attention_of(model):
+    return [m for m in model.modules() if hasattr(m, "_entropy_attn_layer")]
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 
@@ -222,6 +282,34 @@ def test_compiles_into_one_graph(padded):
         dense.check(compiled(**inputs).logits, mask if padded else None)
         for layer in handle.stats().layers:
             assert layer.compiled == {"sparse": 1}
+
+
+@torch.no_grad()
+def test_loaded_model_compiles_before_it_ever_ran(tmp_path):
+    model, ids = build("llama"), tokens(1, 200)
+    with ea.apply(model, KEEP_FEW):
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="entropy_attn")
+    compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_decoding_from_a_static_cache_compiles(family):
+    model, ids = build(family), tokens(2, 90)
+    dense = dense_logits(model, input_ids=ids)
+    past = transformers.StaticCache(config=model.config, max_cache_len=128)
+    with ea.apply(model, KEEP_ALL):
+        model(ids[:, :80], past_key_values=past)
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        logits = [step(ids[:, i : i + 1], past_key_values=past).logits for i in range(80, 83)]
+    decoded = torch.nn.functional.pad(torch.cat(logits, 1), (0, 0, 80, 7))
+    where = torch.zeros_like(ids)
+    where[:, 80:83] = 1
+    dense.check(decoded, where)
 
 
 @torch.no_grad()

@@ -82,6 +82,8 @@ def test_attention_that_bypasses_the_interface(name, sizes, attention):
         ea.apply(model, KEEP_ALL)
     with pytest.raises(ValueError, match=rf"{name} cannot run .*{attention}"):
         cls._from_config(config, attn_implementation="entropy_attn")
+    with pytest.raises(ValueError, match=rf"{name} cannot run .*{attention}"):
+        model.set_attn_implementation("entropy_attn")
 
 
 def test_partial_reach():

@@ -23,9 +23,9 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing or too old (it needs >= 4.56).
     """
-    from entropy_attn.integrations import transformers
+    from entropy_attn.integrations import transformers_models
 
-    transformers.register()
+    transformers_models.register()
 
 
 def register_on_import() -> None:

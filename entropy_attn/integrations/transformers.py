@@ -10,11 +10,11 @@ import inspect
 import sys
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from entropy_attn.integrations import registration
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.integrations.layer import Layer
 from entropy_attn.integrations.packing import (
@@ -24,7 +24,6 @@ from entropy_attn.integrations.packing import (
     packing_from_segments,
 )
 from entropy_attn.integrations.padding import codes_from_validity
-from entropy_attn.integrations.transformers_masks import token_codes
 
 NAME = "entropy_attn"
 # Attribute of an attention module that holds its `Layer`.
@@ -46,8 +45,6 @@ UNSUPPORTED = {
 }
 
 _packings = PackingCache()
-# Models that were built for NAME; a layer without settings looks here for the model it is in.
-_models: WeakSet[nn.Module] = WeakSet()
 
 
 def attention_function(
@@ -86,9 +83,9 @@ def attention_function(
         window=sliding_window,
         **_mask_arguments(module, attention_mask, query, key, kwargs),
     )
-    if getattr(module, ATTRIBUTE, None) is None:
-        _settle(module)
-    layer = getattr(module, ATTRIBUTE)
+    layer = getattr(module, ATTRIBUTE, None)
+    if layer is None:
+        layer = _layer_without_model(module)
     return layer.attend(call).transpose(1, 2).contiguous(), None
 
 
@@ -202,7 +199,7 @@ def find_sites(model: nn.Module) -> list[TransformersSite]:
         return []
     from transformers import PreTrainedModel
 
-    register()
+    registration.register()
     roots = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     sites = []
     for name, module in model.named_modules():
@@ -216,86 +213,17 @@ def find_sites(model: nn.Module) -> list[TransformersSite]:
     return sites
 
 
-@torch.compiler.assume_constant_result
-def _settle(module: nn.Module) -> Layer:
-    """Give settings to the model of ``module``, which was loaded without `ea.apply`."""
+def _layer_without_model(module: nn.Module) -> Layer:
+    """The layer of an attention module that was built on its own, outside a model."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(module).__name__} has no settings yet: call ea.apply, or run it once, before "
+            "torch.compile"
+        )
     from entropy_attn.config import SparsityConfig
     from entropy_attn.integrations.handle import make_layers, saved_config
-    from entropy_attn.integrations.sites import check_reach
 
-    models = [model for model in list(_models) if any(m is module for m in model.modules())]
-    if not models:  # an attention module on its own, or a copy of a model that never ran
-        config = saved_config(module) or SparsityConfig()
-        if config.is_per_layer:
-            raise RuntimeError(
-                f"the settings differ by layer and the model of {type(module).__name__} is not "
-                "known; call ea.apply(model) once after building or copying it"
-            )
-        sites = [TransformersSite(type(module).__name__, module, [])]
-        layers = make_layers(sites, config)
-    else:
-        model = max(models, key=lambda m: sum(1 for _ in m.modules()))
-        sites = find_sites(model)
-        check_reach(model, sites, partial=False)
-        layers = make_layers(sites, saved_config(model) or SparsityConfig())
-    for site, layer in zip(sites, layers, strict=True):
-        site.module.__dict__.setdefault(ATTRIBUTE, layer)
-    return module.__dict__[ATTRIBUTE]
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def register() -> None:
-    """Register with transformers; idempotent.
-
-    Raises:
-        ImportError: transformers is missing or too old.
-    """
-    try:
-        from transformers import PreTrainedModel
-        from transformers.masking_utils import AttentionMaskInterface
-        from transformers.modeling_utils import AttentionInterface
-
-        known = PreTrainedModel.get_correct_attn_implementation
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"transformers >= 4.56 is needed ({error})") from error
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, token_codes)
-    if getattr(known, "checks_entropy_attn", False):
-        return
-
-    @functools.wraps(known)
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        # transformers accepts any registered name for any model, also for one that never looks
-        # its attention up: that one would run dense without a word.
-        if requested_attention == NAME:
-            check_model_class(type(self))
-            _models.add(self)
-        return known(self, requested_attention, *args, **kwargs)
-
-    get_correct_attn_implementation.checks_entropy_attn = True
-    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
-
-
-def check_model_class(cls: type[nn.Module]) -> None:
-    """That the attention classes beside a model class use the registry.
-
-    Raises:
-        ValueError: names those that do not, if none does.
-    """
-    source = sys.modules.get(cls.__module__)
-    attention = [
-        member
-        for name, member in vars(source).items()
-        if inspect.isclass(member)
-        and issubclass(member, nn.Module)
-        and "Attention" in name
-        and member.__module__ == cls.__module__
-    ]
-    if attention and not any(uses_interface(member) for member in attention):
-        names = ", ".join(sorted(member.__name__ for member in attention))
-        raise ValueError(
-            f'{cls.__name__} cannot run with attn_implementation="{NAME}": its attention ({names}) '
-            "does not go through transformers' AttentionInterface and would stay dense"
-        )
+    site = TransformersSite(type(module).__name__, module, [])
+    (layer,) = make_layers([site], saved_config(module) or SparsityConfig())
+    module.__dict__[ATTRIBUTE] = layer
+    return layer
