@@ -15,22 +15,39 @@ from entropy_attn.testing import assert_close_to_reference
 BLOCK = 16
 
 
-def attention_weights(model, **inputs):
-    """Softmax of each layer, (B, H, N, N), from transformers' eager attention."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    return eager(**inputs, output_attentions=True).attentions
+def attention_weights(model, dtype=torch.float32, **inputs):
+    """Softmax of each layer, (B, H, N, N), computed in ``dtype`` as it is written in books."""
+    weights = []
+
+    def attention(module, query, key, value, mask, scaling, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+        scores = query @ key.transpose(-1, -2) * scaling
+        if mask is None and module.is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights.append(scores.softmax(-1).nan_to_num(0.0))  # rows of padding see nothing
+        return (weights[-1] @ value).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("as_in_books", attention)
+    masking = transformers.masking_utils
+    masking.AttentionMaskInterface.register("as_in_books", masking.sdpa_mask)
+    twin = copy.deepcopy(model).to(dtype)
+    twin.set_attn_implementation("as_in_books")
+    twin(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    return weights
 
 
 def expected_entropies(weights, mask):
     """Mean over the valid rows and tiles of row, block and tile entropy, exp(tile entropy)."""
     row, block, tile, effective = [], [], [], []
     for b, keep in enumerate(mask.bool()):
-        p = weights[b][:, keep][:, :, keep].double()
+        p = weights[b][:, keep][:, :, keep]
         row.append(entropy(p))
         in_blocks = sum_blocks(p, BLOCK, -1)
         block.append(entropy(in_blocks))
-        count = sum_blocks(torch.ones(p.shape[1]), BLOCK, 0)
+        count = sum_blocks(torch.ones(p.shape[1], dtype=p.dtype), BLOCK, 0)
         tile.append(entropy(sum_blocks(in_blocks, BLOCK, 1) / count[:, None]))
         effective.append(tile[-1].exp())
     return [torch.cat(x, 1).mean(1) for x in (row, block, tile, effective)]
@@ -50,18 +67,18 @@ def test_entropies(family, side):
         inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
     plain = model(**inputs).logits
     names = ("row_entropy", "block_entropy", "tile_entropy", "effective_blocks")
-    expected = [expected_entropies(w, mask) for w in attention_weights(model, **inputs)]
+    single, double = (
+        [expected_entropies(w, mask) for w in attention_weights(model, dtype, **inputs)]
+        for dtype in (torch.float32, torch.float64)
+    )
     with ea.observe(model, block_size=BLOCK) as seen:
         observed = model(**inputs).logits
     keep = mask.bool() if family != "vit" else slice(None)
     torch.testing.assert_close(observed[keep], plain[keep])
-    for layer, values in zip(seen.layers, expected, strict=True):
-        for name, value in zip(names, values, strict=True):
-            # float32 softmax on both sides; the sums are in float64.
-            same_dtype = value.float()
-            assert_close_to_reference(
-                getattr(layer, name).float(), same_dtype * (1 + 1e-5), value, f"{layer.name} {name}"
-            )
+    for layer, plain_values, values in zip(seen.layers, single, double, strict=True):
+        for name, plain_value, value in zip(names, plain_values, values, strict=True):
+            actual = getattr(layer, name).float()
+            assert_close_to_reference(actual, plain_value, value, f"{layer.name} {name}")
     assert torch.equal(model(**inputs).logits, plain)
 
 
