@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,8 +42,12 @@ class _Arguments:
     scale: float
 
     @property
+    def keeps_all(self) -> bool:
+        return self.block_mask is None or self.block_mask.is_full
+
+    @property
     def lists(self) -> tuple[Tensor | None, ...]:
-        if self.block_mask is None or self.block_mask.is_full:
+        if self.keeps_all:
             return None, None, self.kv_lens, self.q_lens
         mask = self.block_mask
         return mask.kv_num_blocks, mask.kv_indices, self.kv_lens, self.q_lens
@@ -59,7 +63,7 @@ class _Arguments:
             head_dim=self.query.shape[3],
             q_len=self.query.shape[2],
             kv_len=self.key.shape[2],
-            keeps_all=self.block_mask is None or self.block_mask.is_full,
+            keeps_all=self.keeps_all,
             is_causal=self.is_causal,
             has_lens=self.kv_lens is not None or self.q_lens is not None,
             has_window=self.window > 0,
@@ -79,12 +83,13 @@ def _validated(
     q_lens: Tensor | None,
     window: int | None,
     block_size: int | tuple[int, int] | None = None,
+    needs_mask: bool = False,
 ) -> _Arguments:
     check.check_qkv(query, key, value)
     scale = check.check_scale(scale, query.shape[3])
     check.check_lens("kv_lens", kv_lens, query)
     check.check_lens("q_lens", q_lens, query)
-    if block_mask is not None:
+    if block_mask is not None or needs_mask:
         check.check_block_mask(block_mask, query, key)
         if block_size is not None and check.check_block_size(block_size) != block_mask.block_size:
             raise ValueError(
@@ -145,12 +150,9 @@ def block_sparse_attention(
         TypeError, ValueError: an argument is not allowed; the message names it.
         BackendUnavailable: a named backend cannot run this call.
     """
-    if block_mask is None:
-        raise TypeError(
-            "block_mask must be an entropy_attn.BlockMask, got NoneType; "
-            "BlockMask.full(...) keeps every block"
-        )
-    args = _validated(query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window)
+    args = _validated(
+        query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window, needs_mask=True
+    )
     choice = args.choose(backend, wants_statistics=return_lse)
     if not backend_table.BACKENDS[choice.backend].sparse:
         from entropy_attn.backend.dense import dense_attention
@@ -293,6 +295,19 @@ def explain(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> backend_table.Choice:
-    """Which backend `block_sparse_attention` would run for these arguments, and why."""
+    """Which backend `block_sparse_attention` would run for these arguments, and why.
+
+    A mask that drops blocks stays sparse, whatever is faster: dense attention gives another result.
+    For the kernels the reason then says how the two compare at these lengths, by what was measured;
+    the density of the mask is not read.
+    """
     args = _validated(query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window)
-    return args.choose(backend, wants_statistics=return_lse)
+    choice = args.choose(backend, wants_statistics=return_lse)
+    if backend != "auto" or choice.backend != "triton" or args.keeps_all:
+        return choice
+    batch, heads, q_len, head_dim = query.shape
+    seen = min(args.window or key.shape[2], key.shape[2])
+    found = backend_table.compare_with_dense(
+        query.device, head_dim, args.is_causal, batch * heads, q_len, seen
+    )
+    return choice if found is None else replace(choice, reason=f"{choice.reason}; {found}")

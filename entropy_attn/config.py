@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from entropy_attn.selection import Antidiagonal, Perplexity, Pooled, TopK, TopP, TrueMass
-from entropy_attn.validation import check_block_size
+from entropy_attn.validation import check_block_size, check_integer, check_share
 
 SCORERS = {cls.__name__: cls for cls in (Pooled, Antidiagonal, TrueMass)}
 BUDGETS = {cls.__name__: cls for cls in (TopK, TopP, Perplexity)}
@@ -32,8 +32,13 @@ class SparsityConfig:
         budget: how many blocks are kept; `TopK`, `TopP` or `Perplexity`.
         sink: blocks at the start of the keys that are always kept.
         local: the diagonal block and ``local - 1`` beside it are always kept; 0 for none.
-        min_length: calls with fewer keys run dense: shorter ones gain nothing (measured, see the
-            crossover table of the README).
+        min_length: calls with fewer keys run dense. "auto": calls that sparse attention would not
+            make faster, by what was measured on this GPU or the nearest one (the crossover table
+            of the README); 4096 on other devices.
+        expected_density: the share of the visible blocks that TopP and Perplexity are expected to
+            keep, in (0, 1]; blocks that are always kept come on top. min_length="auto" counts on
+            it: the real density is known only on the device. TopK states its share. The defaults
+            keep 0.24 of SmolLM2's blocks at 8192 tokens, with those always kept.
         min_queries: calls with fewer queries run dense; this covers decoding token by token.
         dense_layers: layers that always run dense, as indices or name patterns.
         layers: other values for single layers: {layer: {field: value}}; later entries win.
@@ -47,7 +52,8 @@ class SparsityConfig:
     budget: TopK | TopP | Perplexity = field(default_factory=lambda: Perplexity(1.75))
     sink: int = 1
     local: int = 2
-    min_length: int = 4096
+    min_length: int | Literal["auto"] = "auto"
+    expected_density: float = 0.25
     min_queries: int = 64
     dense_layers: tuple[LayerSelector, ...] = ()
     layers: Mapping[LayerSelector, Mapping[str, Any]] = field(default_factory=dict, hash=False)
@@ -70,10 +76,11 @@ class SparsityConfig:
             )
         if not isinstance(self.budget, tuple(BUDGETS.values())):
             raise TypeError(f"budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
-        for name, least in (("sink", 0), ("local", 0), ("min_length", 0), ("min_queries", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        for name, least in (("sink", 0), ("local", 0), ("min_queries", 1)):
+            check_integer(name, getattr(self, name), least)
+        if self.min_length != "auto":
+            check_integer("min_length", self.min_length, 0, besides="'auto'")
+        check_share("expected_density", self.expected_density)
         for name, allowed in (("explicit_mask", EXPLICIT_MASK), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

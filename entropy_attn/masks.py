@@ -62,8 +62,8 @@ class BlockMask:
         if not validate:
             return
         block_size = validation.check_block_size(self.block_size)
-        validation.check_at_least("q_len", self.q_len, 0)
-        validation.check_at_least("kv_len", self.kv_len, 0)
+        validation.check_integer("q_len", self.q_len, 0)
+        validation.check_integer("kv_len", self.kv_len, 0)
         indices = validation.check_block_lists(
             self.kv_num_blocks, self.kv_indices, block_size, self.q_len, self.kv_len, self.is_full
         )
@@ -213,8 +213,8 @@ class BlockMask:
             is_causal: whether keys behind the query are out of reach.
         """
         grid = _grid(q_len, kv_len, block_size)
-        validation.check_at_least("window", window, 1)
-        validation.check_at_least("sink", sink, 0)
+        validation.check_integer("window", window, 1)
+        validation.check_integer("sink", sink, 0)
         lists = mask_patterns.sliding_window_lists(grid, window, sink, is_causal, device)
         return cls._on(grid, lists, (batch, heads))
 
@@ -243,8 +243,8 @@ class BlockMask:
             seed: of a generator on ``device``; the same seed gives the same mask on that device.
         """
         grid = _grid(q_len, kv_len, block_size)
-        validation.check_at_least("batch", batch, 1)
-        validation.check_at_least("heads", heads, 1)
+        validation.check_integer("batch", batch, 1)
+        validation.check_integer("heads", heads, 1)
         density = validation.check_density(density)
         lists = mask_patterns.random_lists(
             grid, batch, heads, density, irregular, is_causal, seed, device
@@ -400,7 +400,7 @@ class BlockMask:
         for name, size, have in zip(
             ("batch", "heads"), (batch, heads), self.kv_num_blocks.shape, strict=False
         ):
-            validation.check_at_least(name, size, 0)
+            validation.check_integer(name, size, 0)
             if have not in (1, size):
                 raise ValueError(f"{name}={size}, but the mask has {have}; only 1 can be expanded")
         return replace(
@@ -510,6 +510,6 @@ class BlockMask:
 
 def _grid(q_len: int, kv_len: int, block_size: BlockSize) -> BlockGrid:
     block_size = validation.check_block_size(block_size)
-    validation.check_at_least("q_len", q_len, 0)
-    validation.check_at_least("kv_len", kv_len, 0)
+    validation.check_integer("q_len", q_len, 0)
+    validation.check_integer("kv_len", kv_len, 0)
     return BlockGrid(q_len, kv_len, block_size)

@@ -105,7 +105,8 @@ def check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask must be an entropy_attn.BlockMask, got {type(block_mask).__name__}; "
-            "BlockMask.from_dense and BlockMask.from_flex convert other masks"
+            "BlockMask.from_dense and BlockMask.from_flex convert other masks, and "
+            "BlockMask.full(...) keeps every block"
         )
     batch, heads, q_len, _ = query.shape
     if (block_mask.q_len, block_mask.kv_len) != (q_len, key.shape[2]):
@@ -166,13 +167,6 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> N
 
 
 # Block masks. Checked once, when a mask is built: these read values and may wait for the device.
-
-
-def check_at_least(name: str, value: int, minimum: int) -> int:
-    """An int that is not below ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an int of at least {minimum}, got {value!r}")
-    return value
 
 
 def check_density(density: float) -> float:
@@ -303,10 +297,11 @@ def _at(position: tuple[int, ...]) -> str:
     return ", ".join(str(p) for p in position)
 
 
-def check_integer(name: str, value: int, minimum: int) -> int:
-    """An int, not a bool, of at least ``minimum``."""
+def check_integer(name: str, value: int, minimum: int, besides: str = "") -> int:
+    """An int, not a bool, of at least ``minimum``; ``besides`` says what else is allowed."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an int >= {minimum}, got {value!r}")
+        other = f"{besides} or " if besides else ""
+        raise ValueError(f"{name} must be {other}an int >= {minimum}, got {value!r}")
     return value
 
 

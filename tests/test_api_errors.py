@@ -37,7 +37,7 @@ BAD = {
     "lens dtype": (dict(kv_lens=LENS.long()), TypeError, "kv_lens must be an int32.*int64"),
     "lens shape": (dict(q_lens=LENS[:1]), ValueError, r"q_lens must have shape \(2,\).*\(1,\)"),
     "lens device": (dict(kv_lens=LENS.to("meta")), ValueError, "kv_lens is on meta"),
-    "no mask": (dict(block_mask=None), TypeError, "block_mask must be an entropy_attn.BlockMask, got NoneType"),
+    "no mask": (dict(block_mask=None), TypeError, r"block_mask must be an entropy_attn.BlockMask, got NoneType.*BlockMask.full\(\.\.\.\)"),
     "bool mask": (dict(block_mask=torch.ones(64, 64).bool()), TypeError, "block_mask.*from_dense"),
     "mask for other lengths": (dict(block_mask=ea.BlockMask.full(1, 1, 64, 65, 16)), ValueError, "kv_len=65 but.*64 tokens"),
     "mask batch": (dict(block_mask=ea.BlockMask.full(3, 1, 64, 64, 16)), ValueError, "block_mask has batch size 3; allowed are 1 and 2"),

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import entropy_attn as ea
+from entropy_attn.min_length import expected_blocks
 
 CONFIGS = [
     ea.SparsityConfig(),
@@ -18,7 +19,10 @@ CONFIGS = [
         layers={3: {"budget": ea.TopP(0.9)}, "text.*": {"scorer": ea.TrueMass(), "local": 0}},
         backend="reference",
         explicit_mask="dense",
+        min_length=2048,
+        expected_density=0.5,
     ),
+    ea.SparsityConfig(min_length=0, layers={0: {"min_length": "auto", "expected_density": 0.1}}),
 ]
 
 
@@ -31,6 +35,33 @@ def test_round_trip(config):
 
 def test_missing_fields_take_their_defaults():
     assert ea.SparsityConfig.from_dict({"sink": 2}) == ea.SparsityConfig(sink=2)
+
+
+def test_min_length_is_saved_as_it_was_given():
+    assert ea.SparsityConfig().to_dict()["min_length"] == "auto"
+    assert ea.SparsityConfig(min_length=4096).to_dict()["min_length"] == 4096
+    assert ea.SparsityConfig.from_dict({"min_length": 4096}).min_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_causal", "expected"),
+    [
+        # Half a block of rounding, and the sink, the diagonal and its neighbour as far as the
+        # budget does not choose them anyway.
+        ({"budget": ea.TopK(0.25)}, True, (0.25, 0.5 + 3 * 0.75)),
+        ({"budget": ea.TopK(0.25)}, False, (0.25, 0.5 + 4 * 0.75)),
+        ({"budget": ea.TopK(count=16)}, True, (0.0, 16 + 3)),
+        ({"budget": ea.TopK(count=2, min_blocks=5)}, True, (0.0, 5 + 3)),
+        ({"budget": ea.TopP(0.9), "expected_density": 0.5}, True, (0.5, 0.5 + 3 * 0.5)),
+        ({"budget": ea.Perplexity(2.0)}, True, (0.25, 0.5 + 3 * 0.75)),
+        ({"budget": ea.Perplexity(2.0, max_density=0.1)}, True, (0.1, 0.5 + 3 * 0.9)),
+        ({"budget": ea.TopK(0.5), "sink": 0, "local": 0}, True, (0.5, 0.5)),
+        ({"budget": ea.TopK(0.5), "block_size": (128, 32), "sink": 0}, True, (0.5, 0.5 + 5 / 2)),
+    ],
+)
+def test_expected_blocks(changes, is_causal, expected):
+    config = ea.SparsityConfig(**changes)
+    assert expected_blocks(config, is_causal) == pytest.approx(expected)
 
 
 def test_layers_are_resolved_in_order():
@@ -50,9 +81,20 @@ def test_layers_are_resolved_in_order():
         ({"block_size": 48}, ValueError, "block_size must be a power of two"),
         ({"scorer": "pooled"}, TypeError, "scorer must be one of Pooled, Antidiagonal, TrueMass"),
         ({"budget": 0.25}, TypeError, "budget must be one of TopK, TopP, Perplexity"),
-        ({"sink": -1}, ValueError, "sink must be an int of at least 0, got -1"),
-        ({"min_length": 1.5}, ValueError, "min_length must be an int"),
-        ({"min_queries": 0}, ValueError, "min_queries must be an int of at least 1"),
+        ({"sink": -1}, ValueError, "sink must be an int >= 0, got -1"),
+        ({"min_length": 1.5}, ValueError, "min_length must be 'auto' or an int >= 0, got 1.5"),
+        ({"min_length": -1}, ValueError, "min_length must be 'auto' or an int >= 0, got -1"),
+        ({"min_length": True}, ValueError, "min_length must be 'auto' or an int >= 0, got True"),
+        ({"min_length": "long"}, ValueError, "min_length must be 'auto' or .*, got 'long'"),
+        (
+            {"expected_density": 0},
+            ValueError,
+            r"expected_density must be a number in \(0, 1\], got 0",
+        ),
+        ({"expected_density": 1.1}, ValueError, r"expected_density must be .*\(0, 1\], got 1.1"),
+        ({"expected_density": "auto"}, ValueError, "expected_density must be .*got 'auto'"),
+        ({"layers": {0: {"min_length": "x"}}}, ValueError, "min_length must be 'auto'.*got 'x'"),
+        ({"min_queries": 0}, ValueError, "min_queries must be an int >= 1, got 0"),
         ({"backend": "sdpa"}, ValueError, "backend must be one of"),
         ({"explicit_mask": "ignore"}, ValueError, "explicit_mask must be one of"),
         ({"dense_layers": 2}, TypeError, "dense_layers must be a tuple"),

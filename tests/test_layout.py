@@ -30,7 +30,7 @@ MASKS = (
 )  # fmt: skip
 API = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
-    "entropy_attn.validation", "entropy_attn.errors", *MASKS,
+    "entropy_attn.min_length", "entropy_attn.validation", "entropy_attn.errors", *MASKS,
 )  # fmt: skip
 # The two modules where the API meets the kernels.
 BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops")
@@ -56,8 +56,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.benchmarks": ("entropy_attn",),
 }
 MAY_VALIDATE = (
-    "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.masks",
-    "entropy_attn.mask_formats", "entropy_attn.mask_patterns", "entropy_attn.integrations",
+    "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
+    "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
+    "entropy_attn.integrations",
 )  # fmt: skip
 
 

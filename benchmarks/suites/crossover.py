@@ -1,8 +1,8 @@
 """Where sparse attention, its selection included, is faster than the best dense attention.
 
-The measured points are kept as data beside the backends, so that ``backend="auto"`` never takes
-the slower one: `write_crossover` derives the file from the result store, here beside the records
-and with ``entropy-attn report`` in the package.
+The measured points are kept as data beside the backends, so that ``min_length="auto"`` never
+takes the slower one: `write_crossover` derives the file from the result store, here beside the
+records and with ``entropy-attn report`` in the package.
 """
 
 from __future__ import annotations

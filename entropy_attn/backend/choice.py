@@ -39,7 +39,7 @@ class Call:
     def needs_sparse(self) -> str | None:
         """The feature that dense backends lack, or None if a dense backend can run the call."""
         if not self.keeps_all:
-            return "the block mask drops blocks"
+            return "the block mask drops blocks, which dense attention would not"
         if self.has_lens:
             return "kv_lens or q_lens are given"
         if self.has_window:

@@ -18,6 +18,7 @@ from entropy_attn.integrations.statistics import (
     count_visible_blocks,
     note_traced,
 )
+from entropy_attn.min_length import too_short
 from entropy_attn.selection import select_blocks
 
 
@@ -63,9 +64,7 @@ class SparseLayer:
             return "the layer is in dense_layers"
         if call.q_len < self.config.min_queries:
             return f"fewer than min_queries={self.config.min_queries} queries"
-        if call.kv_len < self.config.min_length:
-            return f"fewer than min_length={self.config.min_length} keys"
-        return None
+        return too_short(self.config, call.query, call.kv_len, call.is_causal, call.window)
 
     def _attend_sparse(self, call: AttentionCall) -> Tensor:
         config = self.config

@@ -1,0 +1,74 @@
+"""min_length: which calls are too short for sparse attention to be faster, known from sizes alone.
+
+With "auto" what was measured decides, at the density to expect. The density of a call is known
+only on the device, after its blocks were chosen, and reading it would make the call wait.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from entropy_attn.backend.crossover import Crossover, find_crossover
+from entropy_attn.config import SparsityConfig
+from entropy_attn.selection import TopK
+from entropy_attn.validation import check_block_size
+
+# What min_length="auto" means on devices without measurements, such as the CPU.
+UNMEASURED_LENGTH = 4096
+
+
+def too_short(
+    config: SparsityConfig,
+    query: torch.Tensor,
+    kv_len: int,
+    is_causal: bool,
+    window: int | None = None,
+) -> str | None:
+    """Why a call of these sizes runs dense under ``config.min_length``, or None if it does not.
+
+    Args:
+        query: (B, Hq, Nq, D), of which only the shape and the device are read.
+        kv_len: keys, in tokens.
+        window: sliding window in tokens, None for none.
+    """
+    if config.min_length != "auto":
+        least = config.min_length
+        return f"fewer than min_length={least} keys" if kv_len < least else None
+    batch, heads, q_len, head_dim = query.shape
+    found = find(config, query.device, head_dim, is_causal)
+    if found is None:
+        short = f"fewer than {UNMEASURED_LENGTH} keys (min_length='auto', not measured on "
+        return f"{short}{query.device.type})" if kv_len < UNMEASURED_LENGTH else None
+    # A window bounds the keys that a query sees, and with them those that can be left out.
+    seen = kv_len if window is None else min(window, kv_len)
+    # Not found.pays(...): torch.compile reads the fields of a constant, but finds no methods.
+    return None if Crossover.pays(found, batch * heads, q_len, seen) else found.reason
+
+
+@torch.compiler.assume_constant_result
+def find(
+    config: SparsityConfig, device: torch.device, head_dim: int, is_causal: bool
+) -> Crossover | None:
+    """From where on sparse attention pays with these settings; None where nothing was measured."""
+    share, blocks = expected_blocks(config, is_causal)
+    keys = blocks * check_block_size(config.block_size)[1]
+    return find_crossover(device, head_dim, is_causal, share, keys)
+
+
+def expected_blocks(config: SparsityConfig, is_causal: bool) -> tuple[float, float]:
+    """What a row of the mask is expected to keep: a share of its visible blocks, and a number of
+    blocks on top."""
+    budget = config.budget
+    if isinstance(budget, TopK) and budget.count is not None:
+        share, blocks = 0.0, float(max(budget.count, budget.min_blocks))
+    else:
+        share = budget.fraction if isinstance(budget, TopK) else config.expected_density
+        share = min(share, budget.max_density)
+        # Rounded up to whole blocks, which adds half a block on average.
+        blocks = budget.min_blocks - 0.5
+    block_q, block_k = check_block_size(config.block_size)
+    always = config.sink
+    if config.local:
+        always += -(-block_q // block_k) + (config.local - 1) * (1 if is_causal else 2)
+    # The budget chooses these at least as often as other blocks.
+    return share, blocks + always * (1 - share)
