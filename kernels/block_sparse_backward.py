@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    LENGTHS,
     adjacent_lists,
     architecture,
     device_of,
@@ -30,17 +31,17 @@ from entropy_attn.kernels.primitives import (
     block_start,
     count_below,
     head_base,
-    list_base,
     load_tile,
+    program_tile,
     store_tile,
+    tile_blocks,
     tile_offsets,
     valid_length,
     visible_scores,
-    visited_blocks,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _delta_kernel(
     out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_out_strides, grad_lse_strides,
     heads, q_len, q_tiles,
@@ -117,12 +118,12 @@ def _visit_queries(
     return grad_key, grad_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _key_value_kernel(
     query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
     offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
-    offset_strides, row_strides,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, kv_heads, q_len, kv_len, kv_tiles, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
@@ -151,12 +152,12 @@ def _key_value_kernel(
         head = kv_head * GROUP + member
         if LISTED:
             offset_base = (
-                head_base(offsets_ptr, batch, head, offset_strides[0], offset_strides[1])
+                head_base(offsets_ptr, batch, head, count_stride_b, count_stride_h)
                 + tile * BLOCK_N // BLOCK_K
             )
             begin = tl.load(offset_base)
             count = (tl.load(offset_base + 1) - begin).to(tl.int32)
-            list_pointer = head_base(rows_ptr, batch, head, row_strides[0], row_strides[1]) + begin
+            list_pointer = head_base(rows_ptr, batch, head, index_stride_b, index_stride_h) + begin
         else:
             count = tl.cdiv(q_len, BLOCK_Q)
             list_pointer = rows_ptr
@@ -247,12 +248,12 @@ def _visit_keys(
     return grad_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _query_kernel(
     query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_query_strides,
-    count_strides, index_strides,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -260,32 +261,18 @@ def _query_kernel(
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    tile = program % q_tiles
-    if IS_CAUSAL:
-        tile = q_tiles - 1 - tile
-    batch_head = program // q_tiles
-    batch = batch_head // heads
-    head = batch_head % heads
-
+    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
     q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     positions = rows + (kv_end - q_end)
-    first_position = tile * BLOCK_M + (kv_end - q_end)
-    last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, q_end) - 1 + (kv_end - q_end)
-    list_pointer, count = list_base(
-        counts_ptr, indices_ptr, batch, head, tile * BLOCK_M // BLOCK_Q,
-        count_strides, index_strides, LISTED,
+    list_pointer, count, first, full, last = tile_blocks(
+        counts_ptr, indices_ptr, batch, head, tile,
+        (count_stride_b, count_stride_h, count_stride_t),
+        (index_stride_b, index_stride_h, index_stride_t),
+        q_end, kv_end, kv_len, window, BLOCK_M, BLOCK_Q, BLOCK_K,
+        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
     )  # fmt: skip
-    first, full, last = visited_blocks(
-        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
-        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
-    )  # fmt: skip
-    if HAS_Q_LENS:
-        if tile * BLOCK_M >= q_end:
-            last = first
-            full = first
 
     query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
     query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
@@ -295,7 +282,7 @@ def _query_kernel(
         rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
     )
     grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    statistics = batch_head.to(tl.int64) * q_len
+    statistics = (batch * heads + head).to(tl.int64) * q_len
     lse, delta = _load_statistics(lse_ptr, delta_ptr, statistics, rows, q_len)
     key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
     value_base = head_base(value_ptr, batch, head // group, value_strides[0], value_strides[1])

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    LENGTHS,
     adjacent_lists,
     architecture,
     device_of,
@@ -28,6 +29,7 @@ from entropy_attn.kernels.launch import (
     exponent_scale,
     list_strides,
     padded_head_dim,
+    tile_descriptor,
 )
 from entropy_attn.kernels.primitives import (
     LN_2,
@@ -35,14 +37,15 @@ from entropy_attn.kernels.primitives import (
     block_start,
     gathered_keys,
     head_base,
-    list_base,
+    load_box,
     load_tile,
     online_softmax,
+    program_tile,
     store_tile,
+    tile_blocks,
     tile_offsets,
     valid_length,
     visible_scores,
-    visited_blocks,
 )
 
 
@@ -76,22 +79,27 @@ def _entropy_sums(
 
 @triton.jit
 def _visit_blocks(
-    acc, mass, maximum, row_sum, block_sum, query, positions,
+    acc, mass, maximum, row_sum, block_sum, query, positions, batch, kv_head,
     key_base, value_base, stride_kn, stride_kd, stride_vn, stride_vd,
     list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the blocks in slots [first, last) of the list into the running softmax."""
+    """Fold the blocks in slots [first, last) of the list into the running softmax.
+
+    DESCRIPTORS: ``key_base`` and ``value_base`` are descriptors of the whole tensors; else they
+    point to the head.
+    """
     GATHER: tl.constexpr = BLOCK_N > BLOCK_K  # several small blocks make one step
     SLOTS: tl.constexpr = BLOCK_N // BLOCK_K if GATHER else 1
     STEPS: tl.constexpr = 1 if GATHER else BLOCK_K // BLOCK_N  # or one large block makes several
     lane = tl.arange(0, BLOCK_N)
     if not GATHER:
-        key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
-        value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
+        if not DESCRIPTORS:
+            key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
+            value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
         next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
     open_mass = tl.zeros_like(mass)
     for step in range(first * STEPS, last * STEPS, SLOTS):
@@ -102,11 +110,15 @@ def _visit_blocks(
         else:
             start = next_start + (step % STEPS) * BLOCK_N
             keys = start + lane
-            key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
-            value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
+            if not DESCRIPTORS:
+                key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
+                value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
             # The next block's index is fetched one step ahead of the loads that depend on it.
             next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
-        key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        if DESCRIPTORS:
+            key = load_box(key_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+        else:
+            key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         if MASKED:
             scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
@@ -119,52 +131,41 @@ def _visit_blocks(
             STEPS, ROW_ENTROPY, BLOCK_ENTROPY, MASKED,
         )  # fmt: skip
         mass = mass * alpha + p_sum
-        value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        if DESCRIPTORS:
+            value = load_box(value_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+        else:
+            value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)  # (M, D)
     return acc, mass, maximum, row_sum, block_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, row_ptr, block_ptr,
+    query_ptr, key_source, value_source, out_ptr, lse_ptr, row_ptr, block_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
-    query_strides, key_strides, value_strides, out_strides, count_strides, index_strides,
+    query_strides, key_strides, value_strides, out_strides,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
-    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    # Causal: the last tiles have the most work, they start first.
-    tile = program % q_tiles
-    if IS_CAUSAL:
-        tile = q_tiles - 1 - tile
-    batch_head = program // q_tiles
-    batch = batch_head // heads
-    head = batch_head % heads
-
+    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
     q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     positions = rows + (kv_end - q_end)  # (M,)
-    first_position = tile * BLOCK_M + (kv_end - q_end)
-    last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, q_end) - 1 + (kv_end - q_end)
-
-    list_pointer, count = list_base(
-        counts_ptr, indices_ptr, batch, head, tile * BLOCK_M // BLOCK_Q,
-        count_strides, index_strides, LISTED,
+    list_pointer, count, first, full, last = tile_blocks(
+        counts_ptr, indices_ptr, batch, head, tile,
+        (count_stride_b, count_stride_h, count_stride_t),
+        (index_stride_b, index_stride_h, index_stride_t),
+        q_end, kv_end, kv_len, window, BLOCK_M, BLOCK_Q, BLOCK_K,
+        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
     )  # fmt: skip
-    first, full, last = visited_blocks(
-        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
-        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
-    )  # fmt: skip
-    if HAS_Q_LENS:
-        if tile * BLOCK_M >= q_end:
-            last = first
-            full = first
     if BLOCK_N > BLOCK_K:
         # A step takes whole groups of blocks; what is left over joins the masked phase.
         full = first + (full - first) // (BLOCK_N // BLOCK_K) * (BLOCK_N // BLOCK_K)
@@ -172,8 +173,13 @@ def _forward_kernel(
     query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
     query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
     query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
-    value_base = head_base(value_ptr, batch, head // group, value_strides[0], value_strides[1])
+    kv_head = head // group
+    if DESCRIPTORS:
+        key_base = key_source
+        value_base = value_source
+    else:
+        key_base = head_base(key_source, batch, kv_head, key_strides[0], key_strides[1])
+        value_base = head_base(value_source, batch, kv_head, value_strides[0], value_strides[1])
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -181,20 +187,20 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     block_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, mass, maximum, row_sum, block_sum = _visit_blocks(
-        acc, mass, maximum, row_sum, block_sum, query, positions,
+        acc, mass, maximum, row_sum, block_sum, query, positions, batch, kv_head,
         key_base, value_base, key_strides[2], key_strides[3], value_strides[2], value_strides[3],
         list_pointer, first, full, count, kv_end, kv_len, window, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
-        ROW_ENTROPY, BLOCK_ENTROPY, False, PRECISION,
+        ROW_ENTROPY, BLOCK_ENTROPY, False, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if IS_CAUSAL or HAS_WINDOW or MAY_CUT or BLOCK_N > BLOCK_K:
         acc, mass, maximum, row_sum, block_sum = _visit_blocks(
-            acc, mass, maximum, row_sum, block_sum, query, positions,
+            acc, mass, maximum, row_sum, block_sum, query, positions, batch, kv_head,
             key_base, value_base, key_strides[2], key_strides[3],
             value_strides[2], value_strides[3],
             list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
-            ROW_ENTROPY, BLOCK_ENTROPY, True, PRECISION,
+            ROW_ENTROPY, BLOCK_ENTROPY, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
     # A row without a key, or past its batch row's length: 0 and -inf.
@@ -206,7 +212,7 @@ def _forward_kernel(
     store_tile(out_pointers, acc, rows, q_len, HEAD_DIM, BLOCK_D)
 
     log_mass = tl.log2(safe_mass)
-    statistics = batch_head.to(tl.int64) * q_len + rows
+    statistics = (batch * heads + head).to(tl.int64) * q_len + rows
     lse = tl.where(alive, (maximum + log_mass) * LN_2, float("-inf"))
     tl.store(lse_ptr + statistics, lse, mask=rows < q_len)
     if ROW_ENTROPY:
@@ -224,12 +230,15 @@ class ForwardConfig:
     Attributes:
         block_m: queries a program; divides block_q.
         block_n: keys a step; divides block_k or is a multiple of it.
+        descriptors: fetch keys and values by the copy engine, where the tensors allow it; steps
+            are then at most block_k keys.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 def forward_config(
@@ -307,9 +316,13 @@ def block_sparse_forward(
     )
     q_tiles = triton.cdiv(q_len, config.block_m)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    sources = (key, value)
+    if config.descriptors:
+        boxes = [tile_descriptor(tensor, config.block_n) for tensor in sources]
+        sources = sources if None in boxes else boxes
     with device_of(query):
         _forward_kernel[(q_tiles * batch * heads,)](
-            query, key, value, out, lse, row, block,
+            query, *sources, out, lse, row, block,
             counts, indices, kv_lens, q_lens,
             query.stride(), key.stride(), value.stride(), out.stride(),
             *list_strides(counts, indices),
@@ -321,7 +334,7 @@ def block_sparse_forward(
             MAY_CUT=kv_lens is not None or kv_len % max(block_size[1], config.block_n) != 0,
             HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
             ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
-            PRECISION=dot_precision(query.dtype),
+            DESCRIPTORS=sources[0] is not key, PRECISION=dot_precision(query.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse, row, block

@@ -50,6 +50,15 @@ def load_tile(
 
 
 @triton.jit
+def load_box(descriptor, batch, head, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D) tile of one head by the copy engine; 0 outside the tensor.
+
+    ``descriptor`` is one of `launch.tile_descriptor`.
+    """
+    return tl.reshape(descriptor.load([batch, head, start, 0]), (ROWS, BLOCK_D))
+
+
+@triton.jit
 def store_tile(pointers, tile, rows, row_end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store the rows before ``row_end`` of a (rows, BLOCK_D) tile."""
     dims = tl.arange(0, BLOCK_D)
@@ -144,6 +153,45 @@ def visited_blocks(
         first = tl.minimum(last, count_below(pointer, count, out_of_reach, LISTED))
         full = first
     return first, full, last
+
+
+@triton.jit
+def program_tile(tiles, heads, IS_CAUSAL: tl.constexpr):
+    """(batch, head, tile) of queries that this program takes.
+
+    Causal: the last tiles have the most work, they start first.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    if IS_CAUSAL:
+        tile = tiles - 1 - tile
+    batch_head = program // tiles
+    return batch_head // heads, batch_head % heads, tile
+
+
+@triton.jit
+def tile_blocks(
+    counts, indices, batch, head, tile, count_strides, index_strides, q_end, kv_end, kv_len, window,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr, MAY_CUT: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr,
+):  # fmt: skip
+    """The block list of the BLOCK_M queries of a tile: its address, count and `visited_blocks`."""
+    first_row = tile * BLOCK_M
+    pointer, count = list_base(
+        counts, indices, batch, head, first_row // BLOCK_Q, count_strides, index_strides, LISTED
+    )
+    offset = kv_end - q_end
+    last_row = tl.minimum(first_row + BLOCK_M, q_end) - 1
+    first, full, last = visited_blocks(
+        pointer, count, first_row + offset, last_row + offset, kv_end, kv_len, window,
+        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+    )  # fmt: skip
+    if HAS_Q_LENS:
+        if first_row >= q_end:  # a tile of padding visits nothing
+            last = first
+            full = first
+    return pointer, count, first, full, last
 
 
 @triton.jit

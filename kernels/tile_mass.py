@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    LENGTHS,
     adjacent_lists,
     architecture,
     device_of,
@@ -30,13 +31,13 @@ from entropy_attn.kernels.primitives import (
     NO_SCORE,
     block_start,
     head_base,
-    list_base,
     load_tile,
     online_softmax,
+    program_tile,
+    tile_blocks,
     tile_offsets,
     valid_length,
     visible_scores,
-    visited_blocks,
 )
 
 
@@ -110,11 +111,12 @@ def _add_masses(
     return entropy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _tile_mass_kernel(
     query_ptr, key_ptr, lse_ptr, mass_ptr, entropy_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
-    query_strides, key_strides, count_strides, index_strides,
+    query_strides, key_strides,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, kv_tiles, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -122,38 +124,26 @@ def _tile_mass_kernel(
     HAS_Q_LENS: tl.constexpr, HAS_LSE: tl.constexpr, STORE_MASS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    tile = program % q_tiles
-    if IS_CAUSAL:
-        tile = q_tiles - 1 - tile
-    batch_head = program // q_tiles
-    batch = batch_head // heads
-    head = batch_head % heads
-
+    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
     q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (M,)
     positions = rows + (kv_end - q_end)
-    first_position = tile * BLOCK_Q + (kv_end - q_end)
-    last_position = tl.minimum(tile * BLOCK_Q + BLOCK_Q, q_end) - 1 + (kv_end - q_end)
-    list_pointer, count = list_base(
-        counts_ptr, indices_ptr, batch, head, tile, count_strides, index_strides, LISTED
-    )
-    first, full, last = visited_blocks(
-        list_pointer, count, first_position, last_position, kv_end, kv_len, window,
-        BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+    list_pointer, count, first, full, last = tile_blocks(
+        counts_ptr, indices_ptr, batch, head, tile,
+        (count_stride_b, count_stride_h, count_stride_t),
+        (index_stride_b, index_stride_h, index_stride_t),
+        q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
+        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
     )  # fmt: skip
-    if HAS_Q_LENS:
-        if tile * BLOCK_Q >= q_end:
-            last = first
-            full = first
+    batch_head = (batch * heads + head).to(tl.int64)
 
     query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
     query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
     query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
     key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
     if HAS_LSE:
-        statistics = batch_head.to(tl.int64) * q_len + rows
+        statistics = batch_head * q_len + rows
         lse = tl.load(lse_ptr + statistics, mask=rows < q_len, other=float("-inf")) * LOG2_E
     else:
         mass = tl.zeros([BLOCK_Q], tl.float32)
@@ -177,7 +167,7 @@ def _tile_mass_kernel(
 
     mass_pointer = mass_ptr
     if STORE_MASS:
-        mass_pointer += (batch_head.to(tl.int64) * q_tiles + tile) * kv_tiles
+        mass_pointer += (batch_head * q_tiles + tile) * kv_tiles
     entropy = 0.0
     entropy = _add_masses(
         entropy, query, positions, lse, inverse_rows, mass_pointer, key_base, key_strides[2],
@@ -192,7 +182,7 @@ def _tile_mass_kernel(
         PRECISION,
     )  # fmt: skip
     entropy = tl.maximum(entropy, 0.0) * LN_2
-    tl.store(entropy_ptr + batch_head.to(tl.int64) * q_tiles + tile, entropy)
+    tl.store(entropy_ptr + batch_head * q_tiles + tile, entropy)
 
 
 @dataclass(frozen=True)

@@ -223,9 +223,12 @@ def test_reference_matches_dense_for_any_shape(case: Case, seed: int) -> None:
 
 @st.composite
 def gpu_cases(draw) -> Case:
-    """Any lengths and densities; what makes a new kernel takes few values, as compiling is slow."""
+    """Any lengths and densities; what makes a new kernel takes few values, as compiling is slow.
+
+    So does head_dim: rows of a multiple of 16 entries keep the alignment whatever the length is.
+    """
     return Case(
-        head_dim=40,
+        head_dim=48,
         block_size=(32, 64),
         q_len=draw(st.integers(1, 700)),
         kv_len=draw(st.integers(1, 700)),
