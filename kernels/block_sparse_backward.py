@@ -3,14 +3,16 @@
 With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
     dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P^T dO.
 (FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta: d lse_i / d S_ij = P_ij.)
-Three kernels: delta; dK and dV by one program a block of keys, which walks over the queries that
-list it (the transposed lists, CSR) in all query heads of its group; dQ by one program a block of
-queries. P is computed twice, and in return nothing is accumulated through memory.
+Three kernels: the statistics of each row (lse and delta); dK and dV by one program a block of keys,
+which walks over the queries that list it (the transposed lists, CSR) in all query heads of its
+group; dQ by one program a block of queries. P is computed twice, and in return nothing is
+accumulated through memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,14 +25,18 @@ from entropy_attn.kernels.launch import (
     architecture,
     device_of,
     dot_precision,
+    has_copy_engine,
     list_strides,
     padded_head_dim,
+    row_descriptor,
+    tile_descriptor,
 )
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     block_start,
     count_below,
     head_base,
+    load_box,
     load_tile,
     program_tile,
     store_tile,
@@ -42,16 +48,19 @@ from entropy_attn.kernels.primitives import (
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _delta_kernel(
-    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, out_strides, grad_out_strides, grad_lse_strides,
-    heads, q_len, q_tiles,
+def _statistics_kernel(
+    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, statistics_ptr,
+    out_strides, grad_out_strides, grad_lse_strides, heads, q_len, q_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    batch_head = program // q_tiles
-    batch, head = batch_head // heads, batch_head % heads
-    rows = program % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    """lse in base 2 and delta of every row, padded to whole tiles: (B, Hq, 2, q_tiles * BLOCK_M).
+
+    Rows that see no key, and those past the last one, get +inf and 0: their P is 0, so that the
+    other kernels need no masks for them.
+    """
+    batch, head, tile = program_tile(q_tiles, heads, False)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
     out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
     grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
@@ -67,42 +76,48 @@ def _delta_kernel(
         )
         grad_lse_pointers = grad_lse_base + rows.to(tl.int64) * grad_lse_strides[2]
         delta -= tl.load(grad_lse_pointers, mask=rows < q_len, other=0.0)
-    tl.store(delta_ptr + batch_head.to(tl.int64) * q_len + rows, delta, mask=rows < q_len)
-
-
-@triton.jit
-def _load_statistics(lse_ptr, delta_ptr, offset, rows, q_len):
-    """lse in base 2 and delta of some rows; +inf and 0 for rows without a key: P is 0 there."""
-    inside = rows < q_len
-    lse = tl.load(lse_ptr + offset + rows, mask=inside, other=float("-inf"))
-    delta = tl.load(delta_ptr + offset + rows, mask=inside, other=0.0)
+    batch_head = (batch * heads + head).to(tl.int64)
+    lse = tl.load(lse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=float("-inf"))
     empty = lse == float("-inf")
-    return tl.where(empty, float("inf"), lse * LOG2_E), tl.where(empty, 0.0, delta)
+    target = statistics_ptr + batch_head * 2 * q_tiles * BLOCK_M + rows
+    tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
+    tl.store(target + q_tiles * BLOCK_M, tl.where(empty, 0.0, delta))
 
 
 @triton.jit
 def _visit_queries(
-    grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr, statistics,
+    grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base, statistics_source,
     stride_qn, stride_qd, stride_gn, stride_gd,
-    list_pointer, first, last, count, q_len, kv_end, diagonal, window, scale_log2,
+    list_pointer, first, last, count, statistics_row, q_len, padded_len, diagonal, window,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr, MASK_ROWS: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the query blocks in slots [first, last) of a column's list to dK and dV."""
+    """Add the query blocks in slots [first, last) of a column's list to dK and dV.
+
+    DESCRIPTORS: ``query_base``, ``grad_base`` and ``statistics_source`` are descriptors of the
+    whole tensors; else they point to the head's rows, the last one to all statistics.
+    """
     STEPS: tl.constexpr = BLOCK_Q // BLOCK_M
     lane = tl.arange(0, BLOCK_M)
-    query_offsets = tile_offsets(lane, stride_qn, BLOCK_D, stride_qd)  # (M, D)
-    grad_offsets = tile_offsets(lane, stride_gn, BLOCK_D, stride_gd)  # (M, D)
+    if not DESCRIPTORS:
+        query_offsets = tile_offsets(lane, stride_qn, BLOCK_D, stride_qd)  # (M, D)
+        grad_offsets = tile_offsets(lane, stride_gn, BLOCK_D, stride_gd)  # (M, D)
+        lse_base = statistics_source + statistics_row.to(tl.int64) * padded_len
+        delta_base = lse_base + padded_len
     next_start = block_start(list_pointer, first, count, LISTED, BLOCK_Q)
     for step in range(first * STEPS, last * STEPS):
         start = next_start + (step % STEPS) * BLOCK_M
         rows = start + lane  # (M,)
-        query_pointers = query_base + start.to(tl.int64) * stride_qn + query_offsets
-        grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
         next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_Q)
-        query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-        lse, delta = _load_statistics(lse_ptr, delta_ptr, statistics, rows, q_len)
+        if DESCRIPTORS:
+            query = load_box(query_base, batch, head, start, BLOCK_M, BLOCK_D)  # (M, D)
+            lse = tl.reshape(statistics_source.load([statistics_row, start]), (BLOCK_M,))
+        else:
+            query_pointers = query_base + start.to(tl.int64) * stride_qn + query_offsets
+            query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
+            lse = tl.load(lse_base + rows)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
         if MASKED:
             visible = keys[:, None] <= rows[None, :] + diagonal
@@ -110,9 +125,16 @@ def _visit_queries(
                 visible = visible & (rows[None, :] + diagonal - keys[:, None] < window)
             scores = tl.where(visible, scores, float("-inf"))
         p = tl.exp2(scores * scale_log2 - lse[None, :])  # (N, M)
-        grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-        grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        if DESCRIPTORS:
+            grad = load_box(grad_base, batch, head, start, BLOCK_M, BLOCK_D)  # (M, D)
+            delta = tl.reshape(statistics_source.load([statistics_row + 1, start]), (BLOCK_M,))
+        else:
+            grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
+            grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
+            delta = tl.load(delta_base + rows)
+        # dP is issued before dV, so that dS is computed while the product for dV runs.
         grad_p = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # (N, M)
+        grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
         grad_scores = p * (grad_p - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
@@ -120,15 +142,16 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _key_value_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
+    query_source, key_ptr, value_ptr, grad_source, statistics_source, grad_key_ptr, grad_value_ptr,
     offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, kv_heads, q_len, kv_len, kv_tiles, window, scale,
+    heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_ROWS: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tile = program % kv_tiles
@@ -180,24 +203,30 @@ def _key_value_kernel(
             clear = last
         clear = tl.maximum(clear, first)
 
-        query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
-        grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
-        statistics = (batch * heads + head).to(tl.int64) * q_len
+        statistics_row = (batch * heads + head) * 2
+        if DESCRIPTORS:
+            query_base = query_source
+            grad_base = grad_source
+        else:
+            query_base = head_base(query_source, batch, head, query_strides[0], query_strides[1])
+            grad_base = head_base(
+                grad_source, batch, head, grad_out_strides[0], grad_out_strides[1]
+            )
         if IS_CAUSAL:
             grad_key, grad_value = _visit_queries(
-                grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr,
-                statistics, query_strides[2], query_strides[3], grad_out_strides[2],
-                grad_out_strides[3], list_pointer, first, clear, count, q_len, kv_end, diagonal,
-                window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M, IS_CAUSAL,
-                HAS_WINDOW, LISTED, True, PRECISION,
+                grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base,
+                statistics_source, query_strides[2], query_strides[3], grad_out_strides[2],
+                grad_out_strides[3], list_pointer, first, clear, count, statistics_row, q_len,
+                padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M,
+                HAS_WINDOW, LISTED, MASK_ROWS, True, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if not HAS_WINDOW:
             grad_key, grad_value = _visit_queries(
-                grad_key, grad_value, key, value, keys, query_base, grad_base, lse_ptr, delta_ptr,
-                statistics, query_strides[2], query_strides[3], grad_out_strides[2],
-                grad_out_strides[3], list_pointer, clear, last, count, q_len, kv_end, diagonal,
-                window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M, IS_CAUSAL,
-                HAS_WINDOW, LISTED, False, PRECISION,
+                grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base,
+                statistics_source, query_strides[2], query_strides[3], grad_out_strides[2],
+                grad_out_strides[3], list_pointer, clear, last, count, statistics_row, q_len,
+                padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M,
+                HAS_WINDOW, LISTED, MASK_ROWS, False, DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
     # Padding keys were treated like the others up to here; their gradient is 0.
@@ -217,31 +246,41 @@ def _key_value_kernel(
 
 @triton.jit
 def _visit_keys(
-    grad_query, query, grad, lse, delta, positions, key_base, value_base,
+    grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
     stride_kn, stride_kd, stride_vn, stride_vd,
     list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the key blocks in slots [first, last) of a row's list to dQ."""
+    """Add the key blocks in slots [first, last) of a row's list to dQ.
+
+    DESCRIPTORS: ``key_base`` and ``value_base`` are descriptors of the whole tensors.
+    """
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     lane = tl.arange(0, BLOCK_N)
-    key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
-    value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
+    if not DESCRIPTORS:
+        key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
+        value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
     next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
     for step in range(first * STEPS, last * STEPS):
         start = next_start + (step % STEPS) * BLOCK_N
         keys = start + lane  # (N,)
-        key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
-        value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
         next_start = block_start(list_pointer, (step + 1) // STEPS, count, LISTED, BLOCK_K)
-        key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        if DESCRIPTORS:
+            key = load_box(key_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+        else:
+            key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
+            key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         if MASKED:
             scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
         p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
-        value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        if DESCRIPTORS:
+            value = load_box(value_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+        else:
+            value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
+            value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         grad_p = tl.dot(grad, tl.trans(value), input_precision=PRECISION)  # (M, N)
         grad_scores = p * (grad_p - delta[:, None])
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
@@ -250,16 +289,16 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _query_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    query_ptr, key_source, value_source, grad_out_ptr, statistics_ptr, grad_query_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_query_strides,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, group, q_len, kv_len, q_tiles, window, scale,
+    heads, group, q_len, kv_len, padded_len, q_tiles, window, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
@@ -282,24 +321,32 @@ def _query_kernel(
         rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
     )
     grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    statistics = (batch * heads + head).to(tl.int64) * q_len
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, statistics, rows, q_len)
-    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
-    value_base = head_base(value_ptr, batch, head // group, value_strides[0], value_strides[1])
+    statistics = statistics_ptr + (batch * heads + head).to(tl.int64) * 2 * padded_len + rows
+    lse = tl.load(statistics)
+    delta = tl.load(statistics + padded_len)
+    kv_head = head // group
+    if DESCRIPTORS:
+        key_base = key_source
+        value_base = value_source
+    else:
+        key_base = head_base(key_source, batch, kv_head, key_strides[0], key_strides[1])
+        value_base = head_base(value_source, batch, kv_head, value_strides[0], value_strides[1])
 
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad_query = _visit_keys(
-        grad_query, query, grad, lse, delta, positions, key_base, value_base,
+        grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
         key_strides[2], key_strides[3], value_strides[2], value_strides[3],
         list_pointer, first, full, count, kv_end, kv_len, window, scale * LOG2_E,
-        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, False, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, False, DESCRIPTORS,
+        PRECISION,
     )  # fmt: skip
     if IS_CAUSAL or HAS_WINDOW or MAY_CUT:
         grad_query = _visit_keys(
-            grad_query, query, grad, lse, delta, positions, key_base, value_base,
+            grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
             key_strides[2], key_strides[3], value_strides[2], value_strides[3],
             list_pointer, full, last, count, kv_end, kv_len, window, scale * LOG2_E,
-            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, DESCRIPTORS,
+            PRECISION,
         )  # fmt: skip
     grad_query_base = head_base(
         grad_query_ptr, batch, head, grad_query_strides[0], grad_query_strides[1]
@@ -318,6 +365,7 @@ class BackwardConfig:
         key_block_m, key_block_n: queries a step and keys a program of the dK, dV kernel;
             they divide block_q and block_k.
         query_block_m, query_block_n: queries a program and keys a step of the dQ kernel.
+        descriptors: fetch the tiles of each step by the copy engine.
     """
 
     key_block_m: int
@@ -328,14 +376,25 @@ class BackwardConfig:
     query_block_n: int
     query_warps: int
     query_stages: int
+    descriptors: bool = False
 
 
 def backward_config(
-    arch: str, head_dim: int, itemsize: int, block_size: tuple[int, int]
+    arch: str,
+    head_dim: int,
+    itemsize: int,
+    block_size: tuple[int, int],
+    copy_engine: bool = False,
 ) -> BackwardConfig:
     """The measured default (docs/kernels.md)."""
     block_q, block_k = block_size
     block_d = padded_head_dim(head_dim)
+    if copy_engine and block_d <= 128 and min(block_size) >= 64:
+        # sm_90: programs of 64 rows, so that two or three share a multiprocessor.
+        stages = 2 if block_d == 128 else 3
+        step = min(block_k, 128) if block_d <= 64 else 64
+        query_stages = 3 if step == 128 else 2
+        return BackwardConfig(64, 64, 4, stages, 64, step, 4, query_stages, descriptors=True)
     if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
         rows, step = (64, 32) if block_d <= 64 else (32, 16)
         rows_k, rows_q = min(block_k, rows), min(block_q, rows)
@@ -398,10 +457,16 @@ def block_sparse_backward(
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
 
     arch = architecture(query.device)
-    config = config or backward_config(arch, head_dim, query.element_size(), block_size)
+    copy_engine = has_copy_engine(arch, query, key, value, grad_out)
+    config = config or backward_config(
+        arch, head_dim, query.element_size(), block_size, copy_engine
+    )
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
-    delta = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    statistics_rows = 128 if head_dim <= 128 else 64
+    padding = max(block_size[0], statistics_rows)
+    padded_len = triton.cdiv(q_len, padding) * padding
+    statistics = query.new_empty((batch, heads, 2, padded_len), dtype=torch.float32)
     shared = dict(
         HEAD_DIM=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
@@ -412,34 +477,45 @@ def block_sparse_backward(
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None,
         HAS_Q_LENS=q_lens is not None,
+        DESCRIPTORS=config.descriptors,
         PRECISION=dot_precision(query.dtype),
     )
-    inputs = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    # What the steps of the dK, dV kernel and those of the dQ kernel fetch.
+    query_side: tuple[Any, ...] = query, grad_out, statistics
+    key_side: tuple[Any, ...] = key, value
+    if config.descriptors:
+        query_side = (
+            tile_descriptor(query, config.key_block_m),
+            tile_descriptor(grad_out, config.key_block_m),
+            row_descriptor(statistics, config.key_block_m),
+        )
+        key_side = tuple(tile_descriptor(t, config.query_block_n) for t in key_side)
     with device_of(query):
-        delta_rows = 128 if head_dim <= 128 else 64
-        delta_tiles = triton.cdiv(q_len, delta_rows)
-        _delta_kernel[(delta_tiles * batch * heads,)](
-            out, grad_out, grad_lse, delta, out.stride(), grad_out.stride(),
+        statistics_tiles = padded_len // statistics_rows
+        _statistics_kernel[(statistics_tiles * batch * heads,)](
+            out, grad_out, lse, grad_lse, statistics, out.stride(), grad_out.stride(),
             (0, 0, 0) if grad_lse is None else grad_lse.stride(),
-            heads, q_len, delta_tiles,
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=delta_rows,
+            heads, q_len, statistics_tiles,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=statistics_rows,
             HAS_GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
         kv_tiles = triton.cdiv(kv_len, config.key_block_n)
         _key_value_kernel[(kv_tiles * batch * kv_heads,)](
-            query, key, value, grad_out, lse, delta, grad_key, grad_value,
-            offsets, rows, kv_lens, q_lens, *inputs, grad_key.stride(),
+            query_side[0], key, value, *query_side[1:], grad_key, grad_value,
+            offsets, rows, kv_lens, q_lens, *strides, grad_key.stride(),
             *list_strides(offsets, rows),
-            heads, kv_heads, q_len, kv_len, kv_tiles, window, scale,
+            heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale,
             BLOCK_M=config.key_block_m, BLOCK_N=config.key_block_n, GROUP=heads // kv_heads,
+            MASK_ROWS=q_len % block_size[0] != 0,
             num_warps=config.key_warps, num_stages=config.key_stages, **shared,
         )  # fmt: skip
         q_tiles = triton.cdiv(q_len, config.query_block_m)
         _query_kernel[(q_tiles * batch * heads,)](
-            query, key, value, grad_out, lse, delta, grad_query,
-            counts, indices, kv_lens, q_lens, *inputs, grad_query.stride(),
+            query, *key_side, grad_out, statistics, grad_query,
+            counts, indices, kv_lens, q_lens, *strides, grad_query.stride(),
             *list_strides(counts, indices),
-            heads, heads // kv_heads, q_len, kv_len, q_tiles, window, scale,
+            heads, heads // kv_heads, q_len, kv_len, padded_len, q_tiles, window, scale,
             BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n,
             MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
             num_warps=config.query_warps, num_stages=config.query_stages, **shared,

@@ -27,6 +27,7 @@ from entropy_attn.kernels.launch import (
     device_of,
     dot_precision,
     exponent_scale,
+    has_copy_engine,
     list_strides,
     padded_head_dim,
     tile_descriptor,
@@ -230,8 +231,7 @@ class ForwardConfig:
     Attributes:
         block_m: queries a program; divides block_q.
         block_n: keys a step; divides block_k or is a multiple of it.
-        descriptors: fetch keys and values by the copy engine, where the tensors allow it; steps
-            are then at most block_k keys.
+        descriptors: fetch keys and values by the copy engine; steps are then at most block_k keys.
     """
 
     block_m: int
@@ -248,10 +248,13 @@ def forward_config(
     block_size: tuple[int, int],
     is_causal: bool = False,
     entropy: bool = False,
+    copy_engine: bool = False,
 ) -> ForwardConfig:
     """The measured default (docs/kernels.md); entropy wants whole blocks as steps."""
     block_q, block_k = block_size
     block_d = padded_head_dim(head_dim)
+    if copy_engine and block_d <= 128 and min(block_size) >= 64:
+        return _copy_engine_config(block_d, block_size, is_causal, entropy)
     if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
         limit_m, limit_n = (64, 32) if block_d <= 128 else (32, 32)
     elif block_d > 128 or arch != "sm90":
@@ -272,6 +275,19 @@ def forward_config(
         num_warps = 8 if block_m == 128 else 4
         num_stages = 2
     return ForwardConfig(block_m, block_n, num_warps, num_stages)
+
+
+def _copy_engine_config(
+    block_d: int, block_size: tuple[int, int], is_causal: bool, entropy: bool
+) -> ForwardConfig:
+    """sm_90: programs of 64 rows, so that two or three share a multiprocessor."""
+    if block_d == 128:
+        if entropy and min(block_size) >= 128:
+            return ForwardConfig(128, 128, num_warps=8, num_stages=3, descriptors=True)
+        return ForwardConfig(64, 64, num_warps=4, num_stages=3, descriptors=True)
+    num_stages = 3 if entropy and is_causal else 2
+    block_n = min(block_size[1], 128)
+    return ForwardConfig(64, block_n, num_warps=4, num_stages=num_stages, descriptors=True)
 
 
 def block_sparse_forward(
@@ -306,20 +322,21 @@ def block_sparse_forward(
     if kv_len == 0:
         return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
 
+    arch = architecture(query.device)
     config = config or forward_config(
-        architecture(query.device),
+        arch,
         head_dim,
         query.element_size(),
         block_size,
         is_causal,
         entropy=row_entropy or block_entropy,
+        copy_engine=has_copy_engine(arch, key, value),
     )
     q_tiles = triton.cdiv(q_len, config.block_m)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
-    sources = (key, value)
+    sources = key, value
     if config.descriptors:
-        boxes = [tile_descriptor(tensor, config.block_n) for tensor in sources]
-        sources = sources if None in boxes else boxes
+        sources = tile_descriptor(key, config.block_n), tile_descriptor(value, config.block_n)
     with device_of(query):
         _forward_kernel[(q_tiles * batch * heads,)](
             query, *sources, out, lse, row, block,
@@ -334,7 +351,7 @@ def block_sparse_forward(
             MAY_CUT=kv_lens is not None or kv_len % max(block_size[1], config.block_n) != 0,
             HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
             ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
-            DESCRIPTORS=sources[0] is not key, PRECISION=dot_precision(query.dtype),
+            DESCRIPTORS=config.descriptors, PRECISION=dot_precision(query.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse, row, block

@@ -16,9 +16,14 @@ from torch import Tensor
 from entropy_attn.kernels.launch import device_of
 from entropy_attn.kernels.primitives import valid_length
 
+# Arguments that vary from call to call: a new length must not compile the kernel again. kv_blocks
+# may: where 16 divides it, a thread holds adjacent masses and the prefix sums cost a third less.
+LENGTHS = ("q_len", "kv_len", "first_tile", "tiles", "rows_total", "width", "window")
 RULES = ("count", "fraction", "mass", "perplexity")
 # A longer row of masses does not stay in registers: it is read again in every step.
 LONGEST_RESIDENT = 4096
+# Rows that fit one warp are one warp's, so that no step of the bisection waits for another.
+MASSES_A_WARP = 512
 
 
 @triton.jit
@@ -86,7 +91,7 @@ def _totals(row_pointers, low, high, kv_blocks, CHUNK: tl.constexpr):
     return total, tl.exp2(entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _keep_kernel(
     mass_ptr, counts_ptr, indices_ptr, q_lens_ptr, kv_lens_ptr,
     heads, q_len, kv_len, kv_blocks, first_tile, tiles, rows_total, width, window, sink, local,
@@ -231,7 +236,7 @@ def keep_tiles(
     mass = mass.contiguous()
     resident = kv_blocks <= LONGEST_RESIDENT
     chunk = triton.next_power_of_2(kv_blocks) if resident else LONGEST_RESIDENT
-    rows = max(1, 2048 // chunk)
+    rows = max(1, min(16, MASSES_A_WARP // chunk))  # each row has counts of its own in registers
     total = counts.numel()
     with device_of(mass):
         _keep_kernel[(triton.cdiv(total, rows),)](
@@ -241,6 +246,6 @@ def keep_tiles(
             RULE=RULES.index(rule), BLOCK_Q=block_size[0], BLOCK_K=block_size[1], ROWS=rows,
             CHUNK=chunk, RESIDENT=resident, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0,
             HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
-            num_warps=8 if chunk == LONGEST_RESIDENT else 4,
+            num_warps=max(1, chunk // MASSES_A_WARP),
         )  # fmt: skip
     return counts, indices

@@ -14,10 +14,13 @@ from torch import Tensor
 # multiples of 16, which gains nothing here: a new length must not cost seconds. Strides of lists
 # follow the lengths; they are single arguments, as the entries of a tuple are always specialised.
 LENGTHS = (
-    "q_len", "kv_len", "q_tiles", "kv_tiles", "window",
+    "q_len", "kv_len", "padded_len", "q_tiles", "kv_tiles", "window",
     "count_stride_b", "count_stride_h", "count_stride_t",
     "index_stride_b", "index_stride_h", "index_stride_t",
 )  # fmt: skip
+
+# Architectures on which tiles fetched by the copy engine were measured to be faster.
+COPY_ENGINE = ("sm90",)
 
 
 def device_of(tensor: Tensor):
@@ -40,28 +43,41 @@ def _architecture(index: int) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
-def tile_descriptor(tensor: Tensor, rows: int) -> Any | None:
-    """Lets the copy engine (TMA) of sm_90 and later fetch (rows, head_dim) tiles of a tensor.
+def has_copy_engine(arch: str, *tensors: Tensor) -> bool:
+    """Whether tiles of these tensors can be fetched by the copy engine (TMA).
 
     It computes addresses and bounds itself, which frees registers, and works in the background.
-
-    Args:
-        tensor: (B, H, N, D). rows: of a tile, which spans the padded head_dim.
-
-    Returns:
-        A descriptor for `primitives.load_box`, or None where the hardware cannot take the tensor:
-        it wants adjacent entries, and a multiple of 16 bytes as address and strides.
+    It wants adjacent entries of two bytes, and a multiple of 16 bytes as address and strides.
     """
-    aligned = 16 // tensor.element_size()
-    strides = [s if n > 1 else aligned for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
-        return None
-    if any(s == 0 or s % aligned for s in strides[:-1]):
-        return None
+    return arch in COPY_ENGINE and all(map(_is_describable, tensors))
+
+
+def _is_describable(tensor: Tensor) -> bool:
+    *strides, last = tensor.stride()
+    rows = [s for n, s in zip(tensor.shape, strides, strict=False) if n > 1]
+    return (
+        tensor.element_size() == 2
+        and last == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(s > 0 and s * tensor.element_size() % 16 == 0 for s in rows)
+    )
+
+
+def tile_descriptor(tensor: Tensor, rows: int) -> Any:
+    """What `primitives.load_box` takes to fetch (rows, padded head_dim) tiles of (B, H, N, D)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    # The stride of a dimension of size 1 is never used, but has to be a valid one.
+    strides = [s if n > 1 else 16 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
     box = [1, 1, rows, padded_head_dim(tensor.shape[-1])]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], box)
+
+
+def row_descriptor(tensor: Tensor, length: int) -> Any:
+    """A descriptor of the (.., length) pieces of the rows of a contiguous tensor, taken as 2D."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [1, length])
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -105,3 +121,41 @@ def adjacent_lists(
     if indices is not None and indices.shape[-1] > 1 and indices.stride(-1) != 1:
         indices = indices.contiguous()
     return counts, indices
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The tensor with the first two dimensions cut to 1 where they are expanded (stride 0)."""
+    for dim in (0, 1):
+        if tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def weight_strides(weights: Tensor | None) -> tuple[int, int, int]:
+    """Strides of (B0, B1, n) weights, a dimension of size 1 broadcast; 0 where there are none."""
+    if weights is None:
+        return 0, 0, 0
+    first, second = (weights.stride(dim) if weights.shape[dim] > 1 else 0 for dim in (0, 1))
+    return first, second, weights.stride(2)
+
+
+def fp32_dot_precision(dtype: torch.dtype) -> str:
+    """Of products whose operands are fp32, for inputs of a dtype.
+
+    For half precision TF32: it has the mantissa of fp16 and the range of fp32.
+    """
+    return dot_precision(dtype) if dtype == torch.float32 else "tf32"
+
+
+def split_rows(tiles: int, programs_a_split: int, programs: int = 1024) -> tuple[int, int]:
+    """How many programs share the tiles of rows of one problem, and how many tiles each takes.
+
+    The same on every GPU, so that sums over programs are the same numbers everywhere.
+
+    Args:
+        programs_a_split: programs that are started for each split.
+        programs: to aim at, a few a multiprocessor.
+    """
+    splits = max(1, min(tiles, programs // max(1, programs_a_split)))
+    share = max(1, -(-tiles // splits))
+    return max(1, -(-tiles // share)), share

@@ -251,3 +251,28 @@ def online_softmax(scores, scale_log2, maximum):
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     exponents = scores * scale_log2 - new_maximum[:, None]
     return exponents, new_maximum, maximum - new_maximum
+
+
+@triton.jit
+def load_part(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_dim):
+    """(rows, dims) part of a matrix in fp32; 0 past the last row and past DIM."""
+    offsets = rows.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
+    mask = (rows < row_end)[:, None] & (dims < DIM)[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_weights(base, rows, row_end, stride, HAS_WEIGHTS: tl.constexpr):
+    """(rows,) weights in fp32; 1 where there are none, 0 past the last row."""
+    if HAS_WEIGHTS:
+        pointers = base + rows.to(tl.int64) * stride
+        weights = tl.load(pointers, mask=rows < row_end, other=0.0).to(tl.float32)
+    else:
+        weights = (rows < row_end).to(tl.float32)
+    return weights
+
+
+@triton.jit
+def weighted_rows(values, weights):
+    """(rows, N) values times the row's weight; 0, and never NaN, where the weight is 0."""
+    return tl.where((weights > 0.0)[:, None], values * weights[:, None], 0.0)

@@ -19,7 +19,7 @@ then knows each row's total, and turns what it wrote (still in the L2 cache) int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    architecture,
     device_of,
     dot_precision,
     exponent_scale,
@@ -41,10 +42,15 @@ from entropy_attn.kernels.primitives import (
     valid_length,
 )
 
+# Arguments that vary from call to call: a new length must not compile the kernel again.
+LENGTHS = (
+    "q_len", "kv_len", "kv_blocks", "q_groups", "kv_groups", "query_programs", "first_tile",
+    "tiles", "chunks", "window",
+)  # fmt: skip
 # Loads of a loop that are issued together.
 UNROLL = 8
-# Key blocks that the second phase handles at a time.
-BLOCK_CHUNK = 128
+# Masses that a warp of the second phase sums at a time.
+MASSES_A_WARP = 256
 
 
 @triton.jit
@@ -74,7 +80,7 @@ def _mean_of_groups(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _pool_kernel(
     query_ptr, key_ptr, query_means_ptr, key_means_ptr, q_lens_ptr, kv_lens_ptr,
     query_strides, key_strides, q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
@@ -97,23 +103,71 @@ def _pool_kernel(
 
 @triton.jit
 def _visible_groups(
-    scores, groups, key_groups, q_end, kv_end, window,
+    scores, groups, key_groups, q_end, kv_end, window, cut_share,
     GROUP: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """(M, N) scores in base 2 plus log2 of the key group's share of valid tokens; -inf where no
-    query of the one group sees a key of the other."""
-    first_key = key_groups * GROUP
-    valid = tl.minimum(kv_end - first_key, GROUP)
-    share = tl.maximum(valid, 1).to(tl.float32) / GROUP
-    visible = (valid > 0)[None, :]
-    if IS_CAUSAL:
-        last_position = tl.minimum(groups * GROUP + GROUP, q_end) - 1 + (kv_end - q_end)
-        visible = visible & (first_key[None, :] <= last_position[:, None])
+    query of the one group sees a key of the other.
+
+    Args:
+        cut_share: log2 of that share for the one group that kv_end cuts, if it cuts one.
+    """
+    scores += tl.where(key_groups == kv_end // GROUP, cut_share, 0.0)[None, :]
+    offset = kv_end - q_end
+    if IS_CAUSAL:  # which implies that the keys are valid
+        last_position = tl.minimum(groups * GROUP + GROUP, q_end) - 1 + offset
+        # Floor division of a negative number rounds to zero in Triton, hence the maximum.
+        last_group = tl.maximum(last_position + GROUP, 0) // GROUP - 1
+        visible = key_groups[None, :] <= last_group[:, None]
+    else:
+        visible = (key_groups < tl.cdiv(kv_end, GROUP))[None, :]
     if HAS_WINDOW:
-        first_position = groups * GROUP + (kv_end - q_end)
-        last_key = first_key + valid - 1
-        visible = visible & (first_position[:, None] - last_key[None, :] < window)
-    return tl.where(visible, scores + tl.log2(share)[None, :], float("-inf"))
+        first_key = groups * GROUP + offset - window + 1
+        last_key = tl.minimum(key_groups * GROUP + GROUP, kv_end) - 1
+        visible = visible & (last_key[None, :] >= first_key[:, None])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _log2(x, APPROXIMATE: tl.constexpr):
+    """log2 of numbers >= 0. On NVIDIA tl.log2 is twenty instructions, the approximation is one;
+    its error, 2^-22, is that of a score of 2."""
+    if APPROXIMATE:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.where(x > 0.0, tl.log2(tl.where(x > 0.0, x, 1.0)), float("-inf"))
+    return result
+
+
+@triton.jit
+def _column_groups(COLS: tl.constexpr, PER_BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(N,) which key group of a step stands in which column of the product; see `_by_block`."""
+    column = tl.arange(0, COLS)
+    if LANES == 4:
+        half = PER_BLOCK // 2
+        eighth = column // 8
+        block = eighth // half * 4 + column % 8 // 2
+        column = block * PER_BLOCK + eighth % half * 2 + column % 2
+    return column
+
+
+@triton.jit
+def _by_block(
+    scores, ROWS: tl.constexpr, COLS: tl.constexpr, PER_BLOCK: tl.constexpr, LANES: tl.constexpr
+):
+    """(M, N) in the order of `_column_groups` to (M, BLOCKS / LANES, LANES, PER_BLOCK) in order.
+
+    Four threads share a row of what NVIDIA's tensor cores give: of every 8 columns each has two
+    that are adjacent. With LANES = 4 each has whole blocks, every fourth one, so that neither
+    their sums nor the running maxima cross threads.
+    """
+    if LANES == 4:
+        half: tl.constexpr = PER_BLOCK // 2
+        scores = tl.reshape(scores, (ROWS, COLS // (8 * half), half, 4, 2))
+        scores = tl.permute(scores, (0, 1, 3, 2, 4))
+    return tl.reshape(scores, (ROWS, COLS // (LANES * PER_BLOCK), LANES, PER_BLOCK))
 
 
 @triton.jit
@@ -123,29 +177,30 @@ def _partial_sums(
     GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, NEGATIVE: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Take the query groups through steps [first, last) of COLS key groups each.
 
     Args:
-        maximum, total: (M,) running maximum (base 2) and sum of each row, as in online softmax.
+        maximum, total: (M, LANES) running maximum (base 2) and sum of every LANES-th block of a
+            row, as in online softmax.
         query: (M, D) if TAPS is 1, else unused: the loop over taps loads its own.
         partial_base: where the program's (ROWS, partial_stride) log-sum-exps go.
     """
     PER_BLOCK: tl.constexpr = BLOCK_K // GROUP
     BLOCKS: tl.constexpr = COLS // PER_BLOCK
-    lane = tl.arange(0, COLS)
+    column = _column_groups(COLS, PER_BLOCK, LANES)  # (N,)
     out_offsets = tl.arange(0, ROWS)[:, None] * partial_stride + tl.arange(0, BLOCKS)[None, :]
+    cut_share = _log2((kv_end % GROUP).to(tl.float32) / GROUP, APPROXIMATE)
     # Rows of the tensors that hold valid tokens.
     key_end = tl.cdiv(kv_end * TAPS, GROUP)
     query_end = tl.cdiv(q_end * TAPS, GROUP)
-    key_offsets = tile_offsets(lane * TAPS, key_strides[2], BLOCK_D, key_strides[3])
+    key_offsets = tile_offsets(column * TAPS, key_strides[2], BLOCK_D, key_strides[3])
     for step in range(first, last):
         start = step * COLS * TAPS
-        key_step = key_base + start.to(tl.int64) * key_strides[2]
+        key_pointers = key_base + start.to(tl.int64) * key_strides[2] + key_offsets
         if TAPS == 1:
-            key = load_tile(
-                key_step + key_offsets, start + lane, key_end, HEAD_DIM, BLOCK_D, MASKED
-            )
+            key = load_tile(key_pointers, start + column, key_end, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         else:
             scores = tl.zeros([ROWS, COLS], tl.float32)
@@ -154,46 +209,56 @@ def _partial_sums(
                 offsets = tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
                 taken = load_tile(query_base + offsets, rows, query_end, HEAD_DIM, BLOCK_D, True)
                 key = load_tile(
-                    key_step + tap * key_strides[2] + key_offsets, start + lane * TAPS + tap,
-                    key_end, HEAD_DIM, BLOCK_D, MASKED,
+                    key_pointers + tap * key_strides[2], start + column * TAPS + tap, key_end,
+                    HEAD_DIM, BLOCK_D, MASKED,
                 )  # fmt: skip
                 scores = tl.dot(taken, tl.trans(key), scores, input_precision=PRECISION)
-        scores = scores * scale_log2
+        factor = scale_log2
+        if MASKED or NEGATIVE:  # else the scale is part of the exponent's multiply-add
+            scores = scores * scale_log2
+            factor = 1.0
         if MASKED:
             scores = _visible_groups(
-                scores, groups, step * COLS + lane, q_end, kv_end, window,
+                scores, groups, step * COLS + column, q_end, kv_end, window, cut_share,
                 GROUP, IS_CAUSAL, HAS_WINDOW,
             )  # fmt: skip
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        p = tl.exp2(scores - new_maximum[:, None])  # (M, N)
-        blocks = tl.sum(tl.reshape(p, (ROWS, BLOCKS, PER_BLOCK)), 2)  # (M, BLOCKS)
-        logs = new_maximum[:, None] + tl.log2(tl.where(blocks > 0.0, blocks, 1.0))
-        logs = tl.where(blocks > 0.0, logs, float("-inf"))
+        scores = _by_block(scores, ROWS, COLS, PER_BLOCK, LANES)
+        highest = tl.max(tl.max(scores, 3), 1)  # (M, LANES)
+        new_maximum = tl.maximum(maximum, highest * factor)
+        p = tl.exp2(scores * factor - new_maximum[:, None, :, None])
+        blocks = tl.sum(p, 3)  # (M, BLOCKS / LANES, LANES)
+        logs = tl.reshape(new_maximum[:, None, :] + _log2(blocks, APPROXIMATE), (ROWS, BLOCKS))
         tl.store(partial_base + step * BLOCKS + out_offsets, logs)
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(blocks, 1)
         maximum = new_maximum
     return maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _score_kernel(
     query_ptr, key_ptr, mass_ptr, partial_ptr, lse_ptr, q_lens_ptr, kv_lens_ptr,
-    query_strides, key_strides, partial_stride, heads, head_ratio, q_len, kv_len, kv_blocks,
+    query_strides, key_strides, heads, head_ratio, q_len, kv_len, kv_blocks,
     first_tile, tiles, chunks, window, scale_log2,
     GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_Q_LENS: tl.constexpr, HAS_KV_LENS: tl.constexpr, TAKE_MAXIMUM: tl.constexpr,
-    PRECISION: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, NEGATIVE: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     PER_TILE: tl.constexpr = BLOCK_Q // GROUP
     TILES: tl.constexpr = ROWS // PER_TILE
     BLOCKS: tl.constexpr = COLS * GROUP // BLOCK_K
+    # A multiple of BLOCKS, so that the stores of a step are wide.
+    partial_stride = tl.cdiv(kv_blocks, BLOCKS) * BLOCKS
     program = tl.program_id(0)
     batch_head = program // chunks
     chunk = program % chunks
     if IS_CAUSAL:
-        chunk = chunks - 1 - chunk  # the last tiles have the most work, they start first
+        # The last tiles have the most work: those of all heads start first.
+        batch_heads = tl.num_programs(0) // chunks
+        batch_head = program % batch_heads
+        chunk = chunks - 1 - program // batch_heads
     batch = batch_head // heads
     head = batch_head % heads
     q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
@@ -229,22 +294,24 @@ def _score_kernel(
             query_base + query_offsets, groups, tl.cdiv(q_end, GROUP), HEAD_DIM, BLOCK_D, True
         )
     partial_base = partial_ptr + program.to(tl.int64) * ROWS * partial_stride
-    maximum = tl.full([ROWS], NO_SCORE, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    maximum = tl.full([ROWS, LANES], NO_SCORE, tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
     maximum, total = _partial_sums(
         maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
         partial_stride, groups, first, full, q_end, kv_end, window, scale_log2,
         GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, False,
-        PRECISION,
+        PRECISION, LANES, NEGATIVE, APPROXIMATE,
     )  # fmt: skip
     maximum, total = _partial_sums(
         maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
         partial_stride, groups, full, last, q_end, kv_end, window, scale_log2,
         GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, True,
-        PRECISION,
+        PRECISION, LANES, NEGATIVE, APPROXIMATE,
     )  # fmt: skip
+    row_maximum = tl.max(maximum, 1)
+    total = tl.sum(total * tl.exp2(maximum - row_maximum[:, None]), 1)
     dead = (total == 0.0) | (groups * GROUP >= q_end)
-    lse = tl.where(dead, float("-inf"), maximum + tl.log2(tl.where(dead, 1.0, total)))
+    lse = tl.where(dead, float("-inf"), row_maximum + tl.log2(tl.where(dead, 1.0, total)))
     lse_base = lse_ptr + program.to(tl.int64) * ROWS
     tl.store(lse_base + tl.arange(0, ROWS), lse)
 
@@ -311,32 +378,45 @@ def pool_tokens(
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Launch shape of the scoring kernel: query groups and key groups of a step."""
+    """Launch shape of the scoring kernel: query groups and key groups of a step.
+
+    Attributes:
+        max_registers: a thread's on sm_90, 0 for what the compiler likes. It takes more than it
+            needs; with fewer, more programs share a multiprocessor. Other GPUs spill.
+    """
 
     rows: int
     cols: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 def default_config(
-    batch_heads: int, row_groups: int, per_tile: int, per_block: int, block_d: int, itemsize: int
-) -> ScoreConfig:
-    """Two programs a multiprocessor on sm_90, so that one's exponentials hide the other's products.
+    batch_heads: int, row_groups: int, per_tile: int, per_block: int, block_d: int, itemsize: int,
+    taps: int = 1,
+) -> ScoreConfig:  # fmt: skip
+    """Three programs a multiprocessor on sm_90, so that one's exponentials hide another's products.
+
+    With several taps the addresses take more registers. Fp32 products run outside the tensor cores:
+    registers are the limit.
 
     Args:
         row_groups: query groups of a head; per_tile, per_block: groups in a block, at most 64.
         block_d: padded head_dim; itemsize: bytes of one entry of a group's mean.
     """
-    if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
-        rows, cols = 32, 32
+    row_bytes = block_d * itemsize
+    if itemsize == 4:
+        config = ScoreConfig(32, 32, 4, 3 if row_bytes <= 256 else 2)
+    elif row_bytes > 256:
+        config = ScoreConfig(64, 64, 4, 2)
+    elif batch_heads * row_groups < 256 * 128:  # too few programs to fill a GPU
+        config = ScoreConfig(64, 64, 4, 3)
+    elif taps > 1:
+        config = ScoreConfig(128, 64, 8, 3)
     else:
-        rows, cols = (128, 64) if block_d <= 128 else (64, 64)
-    if batch_heads * row_groups < 256 * rows:  # too few programs to fill a GPU
-        rows //= 2
-    rows, cols = max(rows, per_tile), max(cols, per_block)
-    num_stages = 3 if block_d * itemsize <= 256 else 2
-    return ScoreConfig(rows, cols, 8 if rows * cols >= 8192 else 4, num_stages)
+        config = ScoreConfig(128, 64, 8, 3 if row_bytes <= 128 else 2, max_registers=80)
+    return replace(config, rows=max(config.rows, per_tile), cols=max(config.cols, per_block))
 
 
 def score_tiles(
@@ -379,26 +459,30 @@ def score_tiles(
         return mass
     block_d = padded_head_dim(head_dim)
     config = config or default_config(
-        batch * heads, tiles * per_tile, per_tile, per_block, block_d, query.element_size()
+        batch * heads, tiles * per_tile, per_tile, per_block, block_d, query.element_size(), taps
     )
     rows, cols = config.rows, config.cols
     chunks = triton.cdiv(tiles * per_tile, rows)
     programs = batch * heads * chunks
+    chunk = MASSES_A_WARP * config.num_warps // (rows // per_tile)
     partial_stride = triton.cdiv(kv_blocks, cols // per_block) * (cols // per_block)
     partial = mass.new_empty(programs, rows, partial_stride)
     lse = mass.new_empty(programs, rows)
+    arch = architecture(query.device)
+    capped = {"maxnreg": config.max_registers} if config.max_registers and arch == "sm90" else {}
     with device_of(query):
         _score_kernel[(programs,)](
             query, key, mass, partial, lse, q_lens, kv_lens,
-            query.stride(), key.stride(), partial_stride, heads, heads // key.shape[1],
+            query.stride(), key.stride(), heads, heads // key.shape[1],
             q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
             exponent_scale(scale / taps),
             GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
-            CHUNK=min(BLOCK_CHUNK, triton.next_power_of_2(kv_blocks)),
-            HEAD_DIM=head_dim, BLOCK_D=block_d,
+            CHUNK=min(chunk, triton.next_power_of_2(kv_blocks)), HEAD_DIM=head_dim, BLOCK_D=block_d,
             IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
             HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
             PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            LANES=4 if 2 <= per_block <= cols // 4 else 1, NEGATIVE=scale < 0,
+            APPROXIMATE=arch.startswith("sm"), num_warps=config.num_warps,
+            num_stages=config.num_stages, **capped,
         )  # fmt: skip
     return mass

@@ -20,6 +20,7 @@ class Case:
     Attributes:
         density: share of blocks that are kept, None for no block mask.
         fused: query, key and value are slices of one tensor (B, N, 3, H, D), as in many models.
+        odd_strides: rows do not start at multiples of 16 bytes, which the copy engine needs.
         lens: valid lengths shorter than the tensors.
         mask_heads: 1 or None for one list a query head; mask_batch likewise.
     """
@@ -38,6 +39,7 @@ class Case:
     density: float | None = 0.5
     scale: float | None = None
     fused: bool = False
+    odd_strides: bool = False
     mask_heads: int | None = None
     mask_batch: int | None = None
 
@@ -63,6 +65,9 @@ class Case:
         else:
             query, key = draw(self.heads, self.q_len), draw(self.kv_heads, self.kv_len)
             value = draw(self.kv_heads, self.kv_len)
+        if self.odd_strides:
+            longer = (torch.cat([t, t[..., :1]], -1) for t in (query, key, value))
+            query, key, value = (t[..., : self.head_dim] for t in longer)
         blocks = None
         if self.density is not None:
             lengths = (self.q_len, self.kv_len)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, Problem
@@ -68,6 +70,8 @@ LARGE += [
          density=None, is_causal=True),
     Case(head_dim=64, block_size=(64, 64), q_len=197, kv_len=197, dtype=torch.float16,
          density=1.0),
+    Case(head_dim=64, block_size=(64, 64), q_len=500, kv_len=500, is_causal=True,
+         dtype=torch.bfloat16, odd_strides=True),
 ]  # fmt: skip
 
 on_gpu = pytest.mark.parametrize(
@@ -219,6 +223,29 @@ def test_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
 def test_reference_matches_dense_for_any_shape(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     check_forward_and_backward(case, "cpu", "reference")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(block_size=(32, 32), q_len=70, kv_len=90, is_causal=True, lens=True),
+        Case(head_dim=24, block_size=(32, 16), q_len=77, kv_len=77, kv_heads=2, fused=True),
+        Case(head_dim=40, block_size=(32, 64), q_len=33, kv_len=65, density=1.0),
+    ],
+    ids=str,
+)
+def test_tiles_by_the_copy_engine(case: Case, device: str, monkeypatch) -> None:
+    """The other way to fetch tiles, which an architecture or odd strides may rule out."""
+    from entropy_attn.kernels import block_sparse_backward as backward
+    from entropy_attn.kernels import block_sparse_forward as forward
+
+    case = replace(case, dtype=torch.float16)
+    steps = (16, 16, 4, 1)
+    forward_config = forward.ForwardConfig(*steps, descriptors=True)
+    backward_config = backward.BackwardConfig(*steps, *steps, descriptors=True)
+    monkeypatch.setattr(forward, "forward_config", lambda *args, **kwargs: forward_config)
+    monkeypatch.setattr(backward, "backward_config", lambda *args, **kwargs: backward_config)
+    check_forward_and_backward(case, device, "triton")
 
 
 @st.composite
