@@ -384,6 +384,7 @@ def backward_config(
     head_dim: int,
     itemsize: int,
     block_size: tuple[int, int],
+    is_causal: bool = False,
     copy_engine: bool = False,
 ) -> BackwardConfig:
     """The measured default (docs/kernels.md)."""
@@ -391,10 +392,10 @@ def backward_config(
     block_d = padded_head_dim(head_dim)
     if copy_engine and block_d <= 128 and min(block_size) >= 64:
         # sm_90: programs of 64 rows, so that two or three share a multiprocessor.
-        stages = 2 if block_d == 128 else 3
-        step = min(block_k, 128) if block_d <= 64 else 64
-        query_stages = 3 if step == 128 else 2
-        return BackwardConfig(64, 64, 4, stages, 64, step, 4, query_stages, descriptors=True)
+        key_stages = 3 if block_d <= 64 and is_causal else 2
+        step = 64 if block_d > 64 or is_causal else min(block_k, 128)
+        query_stages = 3 if step == 128 or key_stages == 3 else 2
+        return BackwardConfig(64, 64, 4, key_stages, 64, step, 4, query_stages, descriptors=True)
     if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
         rows, step = (64, 32) if block_d <= 64 else (32, 16)
         rows_k, rows_q = min(block_k, rows), min(block_q, rows)
@@ -459,7 +460,7 @@ def block_sparse_backward(
     arch = architecture(query.device)
     copy_engine = has_copy_engine(arch, query, key, value, grad_out)
     config = config or backward_config(
-        arch, head_dim, query.element_size(), block_size, copy_engine
+        arch, head_dim, query.element_size(), block_size, is_causal, copy_engine
     )
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)

@@ -396,7 +396,8 @@ def default_config(
     batch_heads: int, row_groups: int, per_tile: int, per_block: int, block_d: int, itemsize: int,
     taps: int = 1,
 ) -> ScoreConfig:  # fmt: skip
-    """Three programs a multiprocessor on sm_90, so that one's exponentials hide another's products.
+    """Several programs a multiprocessor on sm_90, so that one's exponentials hide another's
+    products (measured, docs/kernels.md).
 
     With several taps the addresses take more registers. Fp32 products run outside the tensor cores:
     registers are the limit.
@@ -414,8 +415,10 @@ def default_config(
         config = ScoreConfig(64, 64, 4, 3)
     elif taps > 1:
         config = ScoreConfig(128, 64, 8, 3)
+    elif row_bytes > 128:
+        config = ScoreConfig(64, 64, 4, 3)
     else:
-        config = ScoreConfig(128, 64, 8, 3 if row_bytes <= 128 else 2, max_registers=80)
+        config = ScoreConfig(128, 64, 8, 3, max_registers=80)
     return replace(config, rows=max(config.rows, per_tile), cols=max(config.cols, per_block))
 
 
