@@ -18,6 +18,7 @@ class AttentionCase:
     Attributes:
         density: share of the visible blocks that the mask keeps; 1 is dense attention.
         block: edge of the square blocks, in tokens.
+        kv_heads: heads of keys and values, as many as of queries if None.
         irregular: each query block keeps its own number of blocks, uniform around the mean.
         direction: "forward" or "backward".
     """
@@ -32,9 +33,11 @@ class AttentionCase:
     is_causal: bool = False
     irregular: bool = False
     direction: str = "forward"
+    kv_heads: int | None = None
 
     def config(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is set, for records."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def num_blocks(self) -> int:
@@ -43,7 +46,9 @@ class AttentionCase:
     @property
     def shape(self) -> str:
         """Size and kind without the mask, for people."""
-        return f"D={self.head_dim} N={self.length}" + (" causal" if self.is_causal else "")
+        grouped = f" {self.heads}/{self.kv_heads} heads" if self.kv_heads else ""
+        causal = " causal" if self.is_causal else ""
+        return f"D={self.head_dim} N={self.length}{grouped}{causal}"
 
     def __str__(self) -> str:
         mask = "dense" if self.density == 1 else f"{self.density:g} of {self.block}-blocks"
@@ -83,13 +88,14 @@ class Inputs:
 def make_inputs(case: AttentionCase, device: torch.device | str, seed: int) -> Inputs:
     """Random inputs, reproducible per seed; requires_grad follows the case's direction."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    shape = (case.batch, case.heads, case.length, case.head_dim)
 
-    def normal() -> Tensor:
+    def normal(heads: int) -> Tensor:
+        shape = (case.batch, heads, case.length, case.head_dim)
         values = torch.randn(shape, generator=generator, device=device)
         return values.to(getattr(torch, case.dtype))
 
-    query, key, value, grad_out = (normal() for _ in range(4))
+    kv_heads = case.kv_heads or case.heads
+    query, key, value, grad_out = map(normal, (case.heads, kv_heads, kv_heads, case.heads))
     for tensor in (query, key, value):
         tensor.requires_grad_(case.direction == "backward")
     kept = random_blocks(case, generator, device)

@@ -1,6 +1,7 @@
 """Tables and pictures of README and docs, generated from the result store and never typed.
 
 A table stands between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->``; NAME is one of `TABLES`.
+It covers every machine that was measured, or with ``<!-- begin:NAME:newest -->`` the last one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from entropy_attn.benchmarks.environment import machine_name
 from entropy_attn.benchmarks.store import Record, Store
 
 EMPTY = "*Not measured yet.*"
-_MARKED = re.compile(r"(<!-- begin:([\w-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
-_BEGIN = re.compile(r"<!-- begin:([\w-]+) -->")
+_NEWEST = ":newest"
+_MARKED = re.compile(rf"(<!-- begin:([\w-]+)({_NEWEST})? -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
+_BEGIN = re.compile(rf"<!-- begin:([\w-]+)(?:{_NEWEST})? -->")
 
 
 def fill(text: str, store: Store) -> str:
@@ -29,9 +31,12 @@ def fill(text: str, store: Store) -> str:
     unknown = sorted(set(names) - set(TABLES))
     if unknown:
         raise ValueError(f"no table is called {unknown[0]!r}; there are {sorted(TABLES)}")
-    filled, count = _MARKED.subn(
-        lambda match: f"{match[1]}{TABLES[match[2]](store)}\n{match[3]}", text
-    )
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, newest, end = match.groups()
+        return f"{begin}{TABLES[name](Newest(store.directory) if newest else store)}\n{end}"
+
+    filled, count = _MARKED.subn(table, text)
     if count != len(names):
         raise ValueError("a <!-- begin:NAME --> has no <!-- end:NAME --> after it")
     return filled
@@ -48,6 +53,15 @@ def full_records(store: Store, suite: str, **config) -> list[Record]:
     """The latest records of the full form that came out well, grouped by machine."""
     records = store.latest(suite, form="full", **config)
     return sorted((r for r in records if r.result["status"] == "ok"), key=lambda r: r.machine)
+
+
+class Newest(Store):
+    """The records of the machine that a suite was run on last."""
+
+    def load(self, suite: str, **config) -> list[Record]:
+        records = super().load(suite, **config)
+        machine = max(records, key=lambda r: r.time).machine if records else None
+        return [r for r in records if r.machine == machine]
 
 
 def by_machine(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
@@ -148,7 +162,8 @@ def _selection(store: Store) -> str:
         rows = [
             [
                 f"D={r.config['head_dim']}, blocks of {r.config['block']}"
-                + (", causal" if r.config["is_causal"] else ""),
+                + (", causal" if r.config["is_causal"] else "")
+                + (f", {r.config['kv_heads']} heads of keys" if "kv_heads" in r.config else ""),
                 r.config["scorer"],
                 r.config["budget"],
                 f"{r.result['median_ms']:.3f}",

@@ -275,7 +275,9 @@ def test_crossover_data_replace_one_architecture_and_keep_others(tmp_path):
     result["break_even_density"] = 0.1
     store = Store(tmp_path)
     for each in (config, {**config, "form": "quick"}):
-        store.append(Record("crossover", each, result, MACHINE))
+        times = "2020-01-01T00:00:00+00:00", "2021-01-01T00:00:00+00:00"
+        for gpu, time in zip(("another of this architecture", MACHINE["gpu"]), times, strict=True):
+            store.append(Record("crossover", each, result, {**MACHINE, "gpu": gpu}, time))
     path = tmp_path / "data" / "crossover.json"
     path.parent.mkdir()
     old = [{"arch": "sm_90", "kv_len": 1}, {"arch": "sm_100", "kv_len": 2}]
@@ -313,6 +315,22 @@ def test_marked_tables_are_filled_from_the_store(tmp_path):
     assert "| D=128, 0.25 of 128-blocks | **250 (4.00 ms)** | 500 (8.00 ms) |" in filled
     assert "G1" in filled
     assert report.fill(filled, Store(tmp_path)) == filled
+
+
+def test_a_table_may_show_the_newest_machine_alone(tmp_path):
+    store = filled_store(tmp_path)
+    for old in store.load("attention"):
+        newer = Record(
+            old.suite, old.config, old.result, {**MACHINE, "gpu": "G2"}, "2999-01-01T00:00:00+00:00"
+        )
+        store.append(newer)
+    page = "<!-- begin:attention-forward{} -->\n<!-- end:attention-forward -->\n"
+    everything = report.fill(page.format(""), store)
+    assert "*G1;" in everything
+    assert "*G2;" in everything
+    newest = report.fill(page.format(":newest"), store)
+    assert "*G1;" not in newest
+    assert "*G2;" in newest
 
 
 def test_a_table_without_records_says_so(tmp_path):

@@ -8,7 +8,7 @@ at a density of 0.2 in the same interleaved run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -43,13 +43,12 @@ class Step:
 def cases(form: str) -> list[AttentionCase]:
     if form == "small":
         return [AttentionCase(64, 512, DENSITY, 64, batch=1, heads=2, dtype="float32")]
-    kinds = [(128, 64, False), (128, 64, True)]  # head_dim, block, is_causal
+    found = [AttentionCase(128, 16384, DENSITY, 64)]
     if form == "full":
-        kinds += [(64, 64, False), (64, 64, True), (128, 128, False)]
-    return [
-        AttentionCase(head_dim, 16384, DENSITY, block, is_causal=is_causal)
-        for head_dim, block, is_causal in kinds
-    ]
+        found += [replace(found[0], head_dim=64), replace(found[0], block=128)]
+    # As language models run it: grouped queries, causal.
+    found += [replace(case, is_causal=True, kv_heads=4) for case in found]
+    return found
 
 
 def run(context: Context) -> Iterator[Row]:
