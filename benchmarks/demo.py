@@ -42,7 +42,8 @@ CONTEXT_CPU, CONTEXT_GPU = 2048, 8192
 QUICK_CONTEXT_CPU = 512
 DENSE = "dense, SDPA"
 ORACLE = "oracle"
-PREDICTOR = ea.Pooled(8, reduce="max")
+PREDICTOR = ea.SparsityConfig().scorer
+BUDGET = ea.SparsityConfig().budget
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Demo:
 
     def notes(self) -> list[str]:
         lines = [
-            f"predicted: {short(PREDICTOR)} guesses the attention of each tile from means of "
-            "tokens. oracle: it is known exactly. local window: the nearest blocks.",
+            f"predicted: {short(PREDICTOR)} guesses the attention of each tile from groups "
+            "of tokens. oracle: it is known exactly. local window: the nearest blocks.",
             "density: share of the causal tiles that are computed.",
             "kept mass: share of the true attention that falls on them.",
             "time: median of whole forward passes, choice of blocks included.",
@@ -142,8 +143,8 @@ def demo_settings(on_gpu: bool, quick: bool) -> list[Setting]:
     oracle = (ORACLE, ea.TrueMass())
     window = ("local window", LocalWindow())
     if quick:
-        return [Setting(*predictor, ea.Perplexity(1.0)), Setting(*window, ea.TopK(0.3))]
-    settings = [Setting(*predictor, ea.Perplexity(c)) for c in (0.5, 1.0, 2.0)]
+        return [Setting(*predictor, BUDGET), Setting(*window, ea.TopK(0.3))]
+    settings = [Setting(*predictor, budget) for budget in (ea.TopP(0.85), BUDGET, ea.TopP(0.98))]
     settings += [
         Setting(*oracle, ea.Perplexity(c)) for c in ((0.5, 1.0, 2.0) if on_gpu else (1.0,))
     ]
@@ -218,8 +219,8 @@ def run_demo(
 
 
 def pictured(settings: Sequence[Setting]) -> Setting:
-    """The setting whose blocks are drawn: Perplexity(1.0) of the predictor."""
-    return next(s for s in settings if s.budget == ea.Perplexity(1.0))
+    """The setting whose blocks are drawn: the default one."""
+    return next(s for s in settings if (s.scorer, s.budget) == (PREDICTOR, BUDGET))
 
 
 def _times(model: Any, settings: Sequence[Setting], ids: Tensor) -> tuple[dict[str, float], int]:

@@ -1,14 +1,18 @@
-"""Real running prose without a network: the language reference that ships inside Python.
+"""Real running prose without a network: what ships inside Python.
 
-`pydoc_data.topics` holds what ``help()`` prints. Headings, grammar, code and tables are dropped
-and each paragraph is used once (topics repeat each other), so what is left reads as a text. It is
-split by topic into a development part, on which ideas may be tuned, and a held-out part.
+`pydoc_data.topics` is the language reference that ``help()`` prints. Headings, grammar, code and
+tables are dropped and each paragraph is used once (topics repeat each other), so what is left
+reads as a text. It is split by topic into a development part, on which ideas may be tuned, and a
+held-out part. The docstrings of the standard library are a third part, for what was chosen after
+looking at the other two.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,13 +36,19 @@ class Prose:
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
 
+PARTS = {
+    "development": "pydoc_data.topics, development half",
+    "held-out": "pydoc_data.topics, held-out half",
+    "docstrings": "docstrings of the standard library",
+}
+
+
 @cache
 def prose(part: str) -> Prose:
-    """The "development" or the "held-out" part; no paragraph is in both."""
-    parts = _parts()
-    if part not in parts:
-        raise ValueError(f"part must be one of {tuple(parts)}, got {part!r}")
-    return Prose(f"pydoc_data.topics, {part} half", parts[part])
+    """One of `PARTS`; no paragraph is in two of them."""
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {tuple(PARTS)}, got {part!r}")
+    return Prose(PARTS[part], _docstrings() if part == "docstrings" else _halves()[part])
 
 
 def prose_from_file(path: Path) -> Prose:
@@ -71,7 +81,8 @@ def _is_prose(paragraph: str) -> bool:
     return plain >= _PLAIN_SHARE * len(paragraph)
 
 
-def _parts() -> dict[str, str]:
+@cache
+def _halves() -> dict[str, str]:
     from pydoc_data.topics import topics
 
     # Whole topics go to the part that is shorter so far: equal halves, coherent passages.
@@ -85,3 +96,14 @@ def _parts() -> dict[str, str]:
         parts[part] += fresh
         length[part] += sum(map(len, fresh))
     return {part: "\n\n".join(found) for part, found in parts.items()}
+
+
+def _docstrings() -> str:
+    used = {p for half in _halves().values() for p in half.split("\n\n")}
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                documented = ast.get_docstring(node) or ""
+                found |= dict.fromkeys(p for p in paragraphs(documented) if p not in used)
+    return "\n\n".join(found)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.environment import machine_name
+from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
 
 EMPTY = "*Not measured yet.*"
@@ -274,8 +275,8 @@ def draw(store: Store, folder: Path) -> list[Path]:
                 for r in records
                 if r.config["text"] == text and r.config.get("block") == 64
             ]
-            part = "held_out" if "held-out" in text else "development"
-            path = folder / f"quality_{part}_{_slug(machine)}.png"
+            part = next((part for part, name in PARTS.items() if name == text), text)
+            path = folder / f"quality_{_slug(part)}_{_slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
     return drawn

@@ -8,10 +8,18 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from entropy_attn.selection import Antidiagonal, Perplexity, Pooled, TopK, TopP, TrueMass
+from entropy_attn.selection import (
+    Antidiagonal,
+    Envelope,
+    Perplexity,
+    Pooled,
+    TopK,
+    TopP,
+    TrueMass,
+)
 from entropy_attn.validation import check_block_size, check_integer, check_share
 
-SCORERS = {cls.__name__: cls for cls in (Pooled, Antidiagonal, TrueMass)}
+SCORERS = {cls.__name__: cls for cls in (Pooled, Envelope, Antidiagonal, TrueMass)}
 BUDGETS = {cls.__name__: cls for cls in (TopK, TopP, Perplexity)}
 BACKENDS = ("auto", "triton", "reference")
 EXPLICIT_MASK = ("raise", "dense")
@@ -27,8 +35,9 @@ class SparsityConfig:
 
     Attributes:
         block_size: of queries and keys in tokens, or a pair (query, key).
-        scorer: predicts the attention mass of each block; `Pooled`, `Antidiagonal`, `TrueMass`
-            or any callable with the signature that `select_blocks` documents.
+        scorer: predicts the attention mass of each block; `Pooled`, `Envelope`,
+            `Antidiagonal`, `TrueMass` or any callable with the signature that `select_blocks`
+            documents.
         budget: how many blocks are kept; `TopK`, `TopP` or `Perplexity`.
         sink: blocks at the start of the keys that are always kept.
         local: the diagonal block and ``local - 1`` beside it are always kept; 0 for none.
@@ -48,8 +57,8 @@ class SparsityConfig:
     """
 
     block_size: int | tuple[int, int] = 64
-    scorer: Callable[..., Any] = field(default_factory=lambda: Pooled(8, reduce="max"))
-    budget: TopK | TopP | Perplexity = field(default_factory=lambda: Perplexity(1.75))
+    scorer: Callable[..., Any] = field(default_factory=lambda: Envelope(8))
+    budget: TopK | TopP | Perplexity = field(default_factory=lambda: TopP(0.945))
     sink: int = 1
     local: int = 2
     min_length: int | Literal["auto"] = "auto"

@@ -245,7 +245,7 @@ class BlockMask:
         grid = _grid(q_len, kv_len, block_size)
         validation.check_integer("batch", batch, 1)
         validation.check_integer("heads", heads, 1)
-        density = validation.check_density(density)
+        density = validation.check_share("density", density)
         lists = mask_patterns.random_lists(
             grid, batch, heads, density, irregular, is_causal, seed, device
         )

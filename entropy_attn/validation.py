@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = (16, 256)
+MAX_HALFSPACES = 12
 ENTROPY_KINDS = ("row", "block", "tile")
 
 
@@ -169,13 +170,6 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> N
 # Block masks. Checked once, when a mask is built: these read values and may wait for the device.
 
 
-def check_density(density: float) -> float:
-    """A share of blocks in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ValueError(f"density must be a number with 0 < density <= 1, got {density!r}")
-    return float(density)
-
-
 def check_dense_blocks(dense: Tensor, block_size: tuple[int, int], q_len: int, kv_len: int) -> None:
     """A bool tensor with one entry a block. Values are not read."""
     if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
@@ -312,10 +306,12 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
-def check_share(name: str, value: float) -> float:
-    """A number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+def check_share(name: str, value: float, may_be_zero: bool = False) -> float:
+    """A number in (0, 1], or in [0, 1]."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 0 and not may_be_zero):
+        allowed = "[0, 1]" if may_be_zero else "(0, 1]"
+        raise ValueError(f"{name} must be a number in {allowed}, got {value!r}")
     return float(value)
 
 
@@ -351,3 +347,125 @@ def check_tile_mass(
             f"{name} must have shape {wanted}{tiles}, {blocks}): one value for each block of "
             f"queries and block of keys; got {tuple(mass.shape)}"
         )
+
+
+# Sets of points and the cells that they fall into.
+
+
+def check_points(x: Tensor) -> torch.dtype:
+    """(..., n, d) floating point; returns the dtype of statistics."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in ATTENTION_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in ATTENTION_DTYPES)
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {allowed}")
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(
+            f"x must have shape (..., n, d), n points of d >= 1 coordinates, got {tuple(x.shape)}; "
+            "use x[:, None] for points on a line"
+        )
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_beside_points(name: str, tensor: Tensor, x: Tensor, *sizes: int | str) -> None:
+    """A tensor (..., *sizes) for the points; a size that is a word may be any from 1 on."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if tensor.dtype not in (x.dtype, statistics):
+        allowed = " or ".join(sorted({str(x.dtype), str(statistics)}))
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; with x in {x.dtype} allowed is {allowed}: cast it"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move it with .to()")
+    shape = tuple(tensor.shape[-len(sizes) :])
+    fits = tensor.ndim >= len(sizes) and all(
+        have == want if isinstance(want, int) else have >= 1
+        for have, want in zip(shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"{name} must have shape (..., {wanted}) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
+def check_sharpness(name: str, value: float | Tensor, x: Tensor) -> None:
+    """A number > 0, or a floating point tensor on the device of x, whose values are not read."""
+    if not isinstance(value, Tensor):
+        check_positive(name, value)
+        return
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be a float or a floating tensor")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but x is on {x.device}; move it with .to()")
+
+
+def check_point_weights(weights: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+    """None, or (..., n) floating point >= 0 or bool; the values are not read."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or not (
+        weights.dtype == torch.bool or weights.dtype.is_floating_point
+    ):
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a floating point or bool tensor (..., n), got {got}")
+    if weights.ndim < 1 or weights.shape[-1] != shape[-1]:
+        raise ValueError(
+            f"weights must have shape (..., {shape[-1]}), one for each point, "
+            f"got {tuple(weights.shape)}"
+        )
+    if weights.device != like.device:
+        raise ValueError(
+            f"weights is on {weights.device} but the points are on {like.device}; "
+            "move it with .to()"
+        )
+
+
+def check_leading(**shapes: tuple[int, ...]) -> torch.Size:
+    """The common leading dimensions of arguments, given by name, after broadcasting."""
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError as error:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(
+            f"the leading dimensions do not broadcast: {listed}; make them equal, or 1 to share"
+        ) from error
+
+
+def check_planes(normals: Tensor) -> None:
+    """At most MAX_HALFSPACES of them: there are 2^T cells."""
+    if normals.shape[-2] > MAX_HALFSPACES:
+        raise ValueError(
+            f"normals holds {normals.shape[-2]} halfspaces; at most {MAX_HALFSPACES} are allowed, "
+            "since T of them cut 2^T cells: use fewer, or range_entropy with anchors"
+        )
+
+
+def check_labels(labels: Tensor, k: int) -> None:
+    """(..., n) integers from 0 to k - 1; values on a GPU are not read."""
+    check_integer("k", k, minimum=1)
+    integer = isinstance(labels, Tensor) and not (
+        labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool
+    )
+    if not integer:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor (..., n), got {got}")
+    if labels.ndim < 1:
+        raise ValueError("labels must have shape (..., n), got a single number")
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= k:
+        wrong = low if low < 0 else high
+        raise ValueError(f"labels holds {wrong}; allowed are 0 to k - 1 = {k - 1}")
+
+
+def check_sample(points: Tensor) -> None:
+    """(m, d) points to place anchors by: some, and all finite. Reads values."""
+    if len(points) == 0:
+        raise ValueError("x holds no point of weight > 0 to place anchors by; pass a full batch")
+    if not torch.isfinite(points).all():
+        raise ValueError("x holds NaN or infinite points; give them weight 0 or remove them")

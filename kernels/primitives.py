@@ -262,10 +262,11 @@ def load_part(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_d
 
 
 @triton.jit
-def row_weights(base, rows, row_end, stride, HAS_WEIGHTS: tl.constexpr):
-    """(rows,) weights in fp32; 1 where there are none, 0 past the last row."""
+def row_weights(pointer, batch, head, strides, rows, row_end, HAS_WEIGHTS: tl.constexpr):
+    """(rows,) weights of one head in fp32; 1 where there are none, 0 past the last row."""
     if HAS_WEIGHTS:
-        pointers = base + rows.to(tl.int64) * stride
+        base = head_base(pointer, batch, head, strides[0], strides[1])
+        pointers = base + rows.to(tl.int64) * strides[2]
         weights = tl.load(pointers, mask=rows < row_end, other=0.0).to(tl.float32)
     else:
         weights = (rows < row_end).to(tl.float32)

@@ -7,7 +7,10 @@ w_m exp c(g, m). A tile's mass sums it over the tile's key groups, then takes th
 maximum over the tile's query groups.
 
     mean pooling   c(g, n) = scale * mean of the queries . mean of the keys; the means come from
-                   `pool_tokens`, so there is one row a group (TAPS = 1).
+                   `pooling.pool_tokens`, so there is one row a group (TAPS = 1).
+    envelopes      c(g, n) = scale * (mean of the queries . c_n + |mean of the queries| * s_n), with
+                   c_n the middle of the box around the keys of n and s_n a share of the length
+                   of its half diagonal; both come from `pooling.envelope_tokens` (TAPS = 1).
     antidiagonals  c(g, n) = scale / GROUP * sum over t of q_(GROUP-1-t) . k_t, the score of
                    XAttention (Xu et al., arXiv 2503.16428); the sum over t runs inside the
                    kernel (TAPS = GROUP).
@@ -37,68 +40,16 @@ from entropy_attn.kernels.primitives import (
     NO_SCORE,
     head_base,
     load_tile,
-    store_tile,
     tile_offsets,
     valid_length,
 )
 
 # Arguments that vary from call to call: a new length must not compile the kernel again.
-LENGTHS = (
-    "q_len", "kv_len", "kv_blocks", "q_groups", "kv_groups", "query_programs", "first_tile",
-    "tiles", "chunks", "window",
-)  # fmt: skip
+LENGTHS = ("q_len", "kv_len", "kv_blocks", "first_tile", "tiles", "chunks", "window")
 # Loads of a loop that are issued together.
 UNROLL = 8
 # Masses that a warp of the second phase sums at a time.
 MASSES_A_WARP = 256
-
-
-@triton.jit
-def _mean_of_groups(
-    tokens_ptr, means_ptr, lens_ptr, strides, heads, length, groups, program,
-    POOL: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LENS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Means of ROWS groups of one head; a group without a valid token has mean 0."""
-    chunks = tl.cdiv(groups, ROWS)
-    batch_head = program // chunks
-    batch = batch_head // heads
-    end = valid_length(lens_ptr, batch, length, HAS_LENS)
-    rows = (program % chunks) * ROWS + tl.arange(0, ROWS)
-    base = head_base(tokens_ptr, batch, batch_head % heads, strides[0], strides[1])
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in range(0, POOL, STEP):
-        for t in tl.static_range(STEP):
-            token = rows * POOL + start + t
-            pointers = base + tile_offsets(token, strides[2], BLOCK_D, strides[3])
-            total += load_tile(pointers, token, end, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    count = tl.minimum(tl.maximum(end - rows * POOL, 1), POOL)
-    mean = total / count.to(tl.float32)[:, None]
-    out = means_ptr + batch_head.to(tl.int64) * groups * HEAD_DIM
-    store_tile(
-        out + tile_offsets(rows, HEAD_DIM, BLOCK_D, 1), mean, rows, groups, HEAD_DIM, BLOCK_D
-    )
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _pool_kernel(
-    query_ptr, key_ptr, query_means_ptr, key_means_ptr, q_lens_ptr, kv_lens_ptr,
-    query_strides, key_strides, q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
-    query_programs,
-    POOL: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_Q_LENS: tl.constexpr, HAS_KV_LENS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    if program < query_programs:
-        _mean_of_groups(
-            query_ptr, query_means_ptr, q_lens_ptr, query_strides, q_heads, q_len, q_groups,
-            program, POOL, ROWS, HEAD_DIM, BLOCK_D, HAS_Q_LENS, STEP,
-        )  # fmt: skip
-    else:
-        _mean_of_groups(
-            key_ptr, key_means_ptr, kv_lens_ptr, key_strides, kv_heads, kv_len, kv_groups,
-            program - query_programs, POOL, ROWS, HEAD_DIM, BLOCK_D, HAS_KV_LENS, STEP,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -172,12 +123,13 @@ def _by_block(
 
 @triton.jit
 def _partial_sums(
-    maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
-    partial_stride, groups, first, last, q_end, kv_end, window, scale_log2,
-    GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    maximum, total, query, query_norm, query_base, key_base, spreads_base, partial_base,
+    query_strides, key_strides, partial_stride, groups, first, last, q_end, kv_end, window,
+    scale_log2, GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    LANES: tl.constexpr, NEGATIVE: tl.constexpr, APPROXIMATE: tl.constexpr,
+    LANES: tl.constexpr, NEGATIVE: tl.constexpr, HAS_SPREADS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Take the query groups through steps [first, last) of COLS key groups each.
 
@@ -185,6 +137,7 @@ def _partial_sums(
         maximum, total: (M, LANES) running maximum (base 2) and sum of every LANES-th block of a
             row, as in online softmax.
         query: (M, D) if TAPS is 1, else unused: the loop over taps loads its own.
+        query_norm: (M,) its lengths, with the sign of the scale; used if HAS_SPREADS.
         partial_base: where the program's (ROWS, partial_stride) log-sum-exps go.
     """
     PER_BLOCK: tl.constexpr = BLOCK_K // GROUP
@@ -202,6 +155,10 @@ def _partial_sums(
         if TAPS == 1:
             key = load_tile(key_pointers, start + column, key_end, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+            if HAS_SPREADS:
+                place = start + column
+                spreads = tl.load(spreads_base + place, mask=place < key_end, other=0.0)
+                scores += query_norm[:, None] * spreads[None, :]
         else:
             scores = tl.zeros([ROWS, COLS], tl.float32)
             for tap in range(TAPS):
@@ -236,7 +193,7 @@ def _partial_sums(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _score_kernel(
-    query_ptr, key_ptr, mass_ptr, partial_ptr, lse_ptr, q_lens_ptr, kv_lens_ptr,
+    query_ptr, key_ptr, spreads_ptr, mass_ptr, partial_ptr, lse_ptr, q_lens_ptr, kv_lens_ptr,
     query_strides, key_strides, heads, head_ratio, q_len, kv_len, kv_blocks,
     first_tile, tiles, chunks, window, scale_log2,
     GROUP: tl.constexpr, TAPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -244,7 +201,7 @@ def _score_kernel(
     BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_Q_LENS: tl.constexpr, HAS_KV_LENS: tl.constexpr, TAKE_MAXIMUM: tl.constexpr,
     PRECISION: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, NEGATIVE: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    HAS_SPREADS: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     PER_TILE: tl.constexpr = BLOCK_Q // GROUP
     TILES: tl.constexpr = ROWS // PER_TILE
@@ -293,20 +250,29 @@ def _score_kernel(
         query = load_tile(
             query_base + query_offsets, groups, tl.cdiv(q_end, GROUP), HEAD_DIM, BLOCK_D, True
         )
+    query_norm = tl.zeros([ROWS], tl.float32)
+    spreads_base = spreads_ptr
+    if HAS_SPREADS:
+        wide = query.to(tl.float32)
+        query_norm = tl.sqrt(tl.sum(wide * wide, 1))
+        if NEGATIVE:  # a spread makes every score larger
+            query_norm = -query_norm
+        kv_head = batch * (heads // head_ratio) + head // head_ratio
+        spreads_base += kv_head.to(tl.int64) * tl.cdiv(kv_len, GROUP)
     partial_base = partial_ptr + program.to(tl.int64) * ROWS * partial_stride
     maximum = tl.full([ROWS, LANES], NO_SCORE, tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     maximum, total = _partial_sums(
-        maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
-        partial_stride, groups, first, full, q_end, kv_end, window, scale_log2,
-        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, False,
-        PRECISION, LANES, NEGATIVE, APPROXIMATE,
+        maximum, total, query, query_norm, query_base, key_base, spreads_base, partial_base,
+        query_strides, key_strides, partial_stride, groups, first, full, q_end, kv_end, window,
+        scale_log2, GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW,
+        False, PRECISION, LANES, NEGATIVE, HAS_SPREADS, APPROXIMATE,
     )  # fmt: skip
     maximum, total = _partial_sums(
-        maximum, total, query, query_base, key_base, partial_base, query_strides, key_strides,
-        partial_stride, groups, full, last, q_end, kv_end, window, scale_log2,
-        GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW, True,
-        PRECISION, LANES, NEGATIVE, APPROXIMATE,
+        maximum, total, query, query_norm, query_base, key_base, spreads_base, partial_base,
+        query_strides, key_strides, partial_stride, groups, full, last, q_end, kv_end, window,
+        scale_log2, GROUP, TAPS, BLOCK_K, ROWS, COLS, HEAD_DIM, BLOCK_D, IS_CAUSAL, HAS_WINDOW,
+        True, PRECISION, LANES, NEGATIVE, HAS_SPREADS, APPROXIMATE,
     )  # fmt: skip
     row_maximum = tl.max(maximum, 1)
     total = tl.sum(total * tl.exp2(maximum - row_maximum[:, None]), 1)
@@ -342,38 +308,6 @@ def _score_kernel(
             mass = mass / tl.maximum(alive, 1.0)[:, None]
         stored = (chunk * TILES + lane < tiles)[:, None] & (blocks < kv_blocks)[None, :]
         tl.store(mass_rows + blocks[None, :], mass, mask=stored)
-
-
-def pool_tokens(
-    query: Tensor, key: Tensor, q_lens: Tensor | None, kv_lens: Tensor | None, pool: int
-) -> tuple[Tensor, Tensor]:
-    """Means of groups of ``pool`` valid tokens, in one launch.
-
-    Returns:
-        (B, Hq, ceil(Nq / pool), D) and (B, Hkv, ceil(Nk / pool), D), contiguous, in the dtype of
-        the inputs; means are taken in fp32.
-    """
-    batch, q_heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    q_groups, kv_groups = triton.cdiv(q_len, pool), triton.cdiv(kv_len, pool)
-    query_means = query.new_empty(batch, q_heads, q_groups, head_dim)
-    key_means = key.new_empty(batch, kv_heads, kv_groups, head_dim)
-    block_d = padded_head_dim(head_dim)
-    rows = max(1, 8192 // (block_d * query.element_size()))  # 64 bytes a thread and step
-    query_programs = batch * q_heads * triton.cdiv(q_groups, rows)
-    programs = query_programs + batch * kv_heads * triton.cdiv(kv_groups, rows)
-    if programs == 0:
-        return query_means, key_means
-    with device_of(query):
-        _pool_kernel[(programs,)](
-            query, key, query_means, key_means, q_lens, kv_lens,
-            query.stride(), key.stride(), q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
-            query_programs,
-            POOL=pool, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
-            STEP=min(UNROLL, pool), num_warps=4,
-        )  # fmt: skip
-    return query_means, key_means
 
 
 @dataclass(frozen=True)
@@ -425,6 +359,7 @@ def default_config(
 def score_tiles(
     query: Tensor,
     key: Tensor,
+    spreads: Tensor | None,
     q_lens: Tensor | None,
     kv_lens: Tensor | None,
     q_len: int,
@@ -445,6 +380,8 @@ def score_tiles(
     Args:
         query, key: (B, Hq, ·, D), (B, Hkv, ·, D): group means if ``taps`` is 1, tokens if it is
             ``group``.
+        spreads: (B, Hkv, ·) fp32, what a query of length 1 may find above its product with the
+            key group, or None.
         q_len, kv_len: in tokens.
         group: tokens a group, a power of two that divides both block sizes, at most 64 groups a
             block.
@@ -475,7 +412,7 @@ def score_tiles(
     capped = {"maxnreg": config.max_registers} if config.max_registers and arch == "sm90" else {}
     with device_of(query):
         _score_kernel[(programs,)](
-            query, key, mass, partial, lse, q_lens, kv_lens,
+            query, key, spreads, mass, partial, lse, q_lens, kv_lens,
             query.stride(), key.stride(), heads, heads // key.shape[1],
             q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
             exponent_scale(scale / taps),
@@ -485,7 +422,7 @@ def score_tiles(
             HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
             PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),
             LANES=4 if 2 <= per_block <= cols // 4 else 1, NEGATIVE=scale < 0,
-            APPROXIMATE=arch.startswith("sm"), num_warps=config.num_warps,
-            num_stages=config.num_stages, **capped,
+            HAS_SPREADS=spreads is not None, APPROXIMATE=arch.startswith("sm"),
+            num_warps=config.num_warps, num_stages=config.num_stages, **capped,
         )  # fmt: skip
     return mass

@@ -234,15 +234,50 @@ class Selection:
         tiles = blocks = self.length // self.block
         shape = (self.length, self.length, self.block, self.block, True, 0)
         is_antidiagonal = self.scorer == "antidiagonal"
-        rows = (query, query)
-        if not is_antidiagonal:
-            rows = ops.pool_tokens(query, query, None, None, self.group, "triton")
+        rows = (query, query, None)
+        if self.scorer == "pooled":
+            rows = (*ops.pool_tokens(query, query, None, None, self.group, "triton"), None)
+        elif self.scorer == "envelope":
+            rows = ops.envelope_tokens(query, query, None, None, self.group, 0.5, "triton")
         ops.score_tiles(
             *rows, None, None, *shape, self.group, is_antidiagonal, False, 0.1, 0, tiles, "triton"
         )
         mass = torch.full((1, 2, 1, blocks), 1 / blocks)
         budget = (1, 2, self.rule, 0.5, 0, 1.0, blocks)
         ops.keep_tiles(mass, None, None, *shape, *budget, 0, "triton")
+
+
+@dataclass(frozen=True)
+class SoftCells:
+    """Masses of soft cells and their gradients: k anchors, or halfspaces that cut 2^k cells."""
+
+    dim: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    halfspaces: bool = False
+    weights: bool = False
+
+    def __str__(self) -> str:
+        cells = f"{self.k} {'halfspaces' if self.halfspaces else 'anchors'}"
+        words = [f"d={self.dim}", cells, str(self.dtype).split(".")[1]]
+        return ", ".join(words + ["weights"] * self.weights)
+
+    def run(self) -> None:
+        from entropy_attn.partition import ops
+
+        points = torch.zeros(1, 2, 1000, self.dim, dtype=self.dtype)
+        cells = torch.zeros(1, 2, self.k, self.dim)
+        one = torch.ones(1, 2)
+        weights = torch.ones(1, 2, 1000) if self.weights else None
+        needs = (True, True, self.weights, "triton")
+        if self.halfspaces:
+            given = (points, cells, cells[..., 0], one, weights)
+            entropy, mass = ops.halfspace_forward(*given, "triton")
+            ops.halfspace_backward(one, *given, entropy, mass, *needs)
+            return
+        given = (points, cells, one, weights)
+        entropy, mass, lse, _ = ops.range_forward(*given, self.weights, "triton")
+        ops.range_backward(one, *given, entropy, mass, lse, *needs)
 
 
 CASES = (
@@ -256,8 +291,17 @@ CASES = (
     Attention(256, 64, is_causal=True),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
+    Selection(128, 64, "envelope", "perplexity"),
     Selection(64, 128, "antidiagonal", "mass"),
     Selection(64, 32, "pooled", "fraction", length=32 * 4100),
+    SoftCells(64, 64),
+    SoftCells(128, 128, dtype=torch.float16, weights=True),
+    SoftCells(1024, 1024, weights=True),
+    SoftCells(64, 64, dtype=torch.float32),
+    SoftCells(40, 128, dtype=torch.float32, weights=True),
+    SoftCells(96, 1024, dtype=torch.float32),
+    SoftCells(64, 10, halfspaces=True, weights=True),
+    SoftCells(1024, 12, dtype=torch.float32, halfspaces=True),
 )
 
 

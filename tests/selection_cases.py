@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn.reference.dense import visible_pairs
-from entropy_attn.selection import Antidiagonal, Pooled
+from entropy_attn.selection import Antidiagonal, Envelope, Pooled
 
 
 def group_tokens(tokens: Tensor, lens: Tensor | None, group: int) -> list[list[list[Tensor]]]:
@@ -24,8 +24,18 @@ def group_tokens(tokens: Tensor, lens: Tensor | None, group: int) -> list[list[l
     ]
 
 
-def group_scores(scorer, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
-    """(H,) score of one group of queries and one group of keys, without the scale."""
+def group_scores(scorer, queries: list[Tensor], keys: list[Tensor], scale: float) -> Tensor:
+    """(H,) score of one group of queries and one group of keys."""
+    if isinstance(scorer, Envelope):
+        query = torch.stack(queries).mean(0)
+        low, high = torch.stack(keys).amin(0), torch.stack(keys).amax(0)
+        bound = query.norm(dim=-1) * ((high - low) / 2).norm(dim=-1)
+        return scale * (query * (low + high) / 2).sum(-1) + abs(scale) * scorer.spread * bound
+    return scale * products(scorer, queries, keys)
+
+
+def products(scorer, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """(H,) product of one group of queries and one group of keys, where the score is that alone."""
     if isinstance(scorer, Pooled):
         return (torch.stack(queries).mean(0) * torch.stack(keys).mean(0)).sum(-1)
     total = torch.zeros(queries[0].shape[0], dtype=queries[0].dtype)
@@ -53,7 +63,7 @@ def predicted_mass(scorer: Pooled | Antidiagonal, query, key, block_size, scale,
             for c, some_keys in enumerate(keys[b]):
                 pairs = visible[b, g * group : (g + 1) * group, c * group : (c + 1) * group]
                 if pairs.any():
-                    score = group_scores(scorer, some_queries, some_keys) * scale
+                    score = group_scores(scorer, some_queries, some_keys, scale)
                     weights[:, c * group // block_size[1]] += len(some_keys) * score.exp()
             tile = g * group // block_size[0]
             if not weights.any():

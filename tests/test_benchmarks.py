@@ -353,11 +353,14 @@ def test_bad_markers_are_errors(tmp_path, page, message):
 # --- prose --------------------------------------------------------------------------------------
 
 
-def test_the_two_halves_are_long_and_have_no_paragraph_in_common():
+def test_the_texts_are_long_and_have_no_paragraph_in_common():
     development, held_out = prose("development"), prose("held-out")
     halves = [set(p.text.split("\n\n")) for p in (development, held_out)]
     assert not halves[0] & halves[1]
     assert min(len(development.text), len(held_out.text)) > 90_000
+    docstrings = prose("docstrings")
+    assert len(docstrings.text) > 90_000
+    assert not (halves[0] | halves[1]) & set(docstrings.text.split("\n\n"))
     # Halves of equal length, to within one topic.
     assert abs(len(development.text) - len(held_out.text)) < 0.15 * len(held_out.text)
 

@@ -79,7 +79,7 @@ def test_layers_are_resolved_in_order():
     ("values", "error", "message"),
     [
         ({"block_size": 48}, ValueError, "block_size must be a power of two"),
-        ({"scorer": "pooled"}, TypeError, "scorer must be one of Pooled, Antidiagonal, TrueMass"),
+        ({"scorer": "pooled"}, TypeError, "scorer must be one of Pooled, Envelope, Antidiagonal"),
         ({"budget": 0.25}, TypeError, "budget must be one of TopK, TopP, Perplexity"),
         ({"sink": -1}, ValueError, "sink must be an int >= 0, got -1"),
         ({"min_length": 1.5}, ValueError, "min_length must be 'auto' or an int >= 0, got 1.5"),

@@ -30,10 +30,11 @@ MASKS = (
 )  # fmt: skip
 API = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
-    "entropy_attn.min_length", "entropy_attn.validation", "entropy_attn.errors", *MASKS,
+    "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
+    "entropy_attn.errors", *MASKS,
 )  # fmt: skip
-# The two modules where the API meets the kernels.
-BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops")
+# The modules where the API meets the kernels.
+BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops")
 
 # What the modules below a name may import of this package; the longest name that fits counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -48,6 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.backend": ("entropy_attn.backend", "entropy_attn.errors"),
     "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *PLAIN),
     "entropy_attn.selection.ops": ("entropy_attn.kernels", *PLAIN),
+    "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
     "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),
@@ -58,7 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 MAY_VALIDATE = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
-    "entropy_attn.integrations",
+    "entropy_attn.integrations", "entropy_attn.partition",
 )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ TILES = torch.ones(1, 1, 2, 2, dtype=torch.bool)
         ("from_lists", ([[5]], 16, 16, 16), "kv_indices[0, 0, 0, 0] is 5; allowed are 0 to 0"),
         ("sliding_window", (1, 1, 32, 32, 0), "window must be an int >= 1, got 0"),
         ("sliding_window", (1, 1, 32, 32, 8, -2), "sink must be an int >= 0, got -2"),
-        ("random", (1, 1, 32, 32, 1.5), "density must be a number with 0 < density <= 1, got 1.5"),
+        ("random", (1, 1, 32, 32, 1.5), "density must be a number in (0, 1], got 1.5"),
         ("random", (1, 1, 32, 32, math.nan), "got nan"),
         ("random", (1, 0, 32, 32, 0.5), "heads must be an int >= 1, got 0"),
         ("full", (-1, 1, 32, 32), "batch must be an int >= 0, got -1"),

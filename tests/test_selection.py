@@ -19,7 +19,15 @@ from entropy_attn.reference.dense import visible_pairs
 from entropy_attn.selection import keep_blocks, ops, select_blocks
 from entropy_attn.testing import assert_close_to_reference
 
-SCORERS = [ea.Pooled(8), ea.Pooled(8, "max"), ea.Pooled(16), ea.Pooled(1), ea.Antidiagonal(4)]
+SCORERS = [
+    ea.Pooled(8),
+    ea.Pooled(8, "max"),
+    ea.Pooled(16),
+    ea.Pooled(1),
+    ea.Envelope(8),
+    ea.Envelope(4, "mean", spread=1.0),
+    ea.Antidiagonal(4),
+]
 BUDGETS = [
     ea.TopK(0.4),
     ea.TopK(count=2),
@@ -70,12 +78,28 @@ def test_groups_of_one_token_give_the_true_mass(masks):
                        tile_mass(query, key, block_size=16, **masks))  # fmt: skip
 
 
-def test_a_negative_scale_flips_the_prediction():
+@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Envelope(8)], ids=str)
+def test_a_negative_scale_flips_the_prediction(scorer):
     query, key = inputs()
     assert torch.equal(
-        ea.Pooled(8)(query, key, block_size=16, scale=-0.5),
-        ea.Pooled(8)(-query, key, block_size=16, scale=0.5),
+        scorer(query, key, block_size=16, scale=-0.5),
+        scorer(-query, key, block_size=16, scale=0.5),
     )
+
+
+def test_an_envelope_of_one_token_has_no_size():
+    query, key = inputs()
+    for masks in MASKS.values():
+        one = ea.Envelope(1, spread=1.0)(query, key, block_size=16, **masks)
+        assert torch.equal(one, ea.Pooled(1, "max")(query, key, block_size=16, **masks))
+
+
+def test_a_full_spread_bounds_every_score():
+    query, key = inputs(64, 64, heads=2, kv_heads=1, batch=1, dtype=torch.float64)
+    queries, keys, spreads = ops.envelope_tokens(query, key, None, None, 8, 1.0, "reference")
+    bound = queries @ keys.mT + queries.norm(dim=-1, keepdim=True) * spreads[:, :, None]
+    highest = (queries @ key.mT).unflatten(-1, (-1, 8)).amax(-1)
+    assert (bound >= highest).all()
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
@@ -190,7 +214,7 @@ def test_long_inputs_are_worked_through_in_chunks(monkeypatch):
 def test_tensors_of_size_zero(shape):
     batch, heads, q_len, kv_len = shape
     query, key = inputs(q_len, kv_len, heads, 1, batch=batch)
-    for scorer in (ea.Pooled(8), ea.Antidiagonal(8)):
+    for scorer in (ea.Pooled(8), ea.Envelope(8), ea.Antidiagonal(8)):
         mask = select_blocks(query, key, block_size=16, scorer=scorer)
         assert mask.kv_num_blocks.shape == (batch, heads, q_len // 16)
         assert (mask.kv_num_blocks == 0).all() or kv_len > 0
@@ -232,6 +256,7 @@ def bad_calls():
     select = select_blocks
     yield ValueError, "pool must be an int >= 1, got 0", lambda: ea.Pooled(0)
     yield ValueError, "pool must be a power of two, got 6", lambda: ea.Pooled(6)
+    yield ValueError, r"spread must be a number in \[0, 1\], got 2", lambda: ea.Envelope(spread=2)
     yield ValueError, "reduce must be 'mean' or 'max', got 'sum'", lambda: ea.Pooled(8, "sum")
     yield ValueError, "stride must be a power of two", lambda: ea.Antidiagonal(12)
     yield ValueError, "either fraction or count", lambda: ea.TopK()
@@ -340,7 +365,8 @@ def test_opcheck(lens):
     for antidiagonal in (False, True):
         scored = (query, key) if antidiagonal else (query[:, :, :5], key[:, :, :5])
         arguments = (lens, lens, 40, 40, 16, 16, True, 0, 8, antidiagonal, False, 0.3, 1, 2)
-        torch.library.opcheck(ops.score_tiles, (*scored, *arguments, "reference"))
+        torch.library.opcheck(ops.score_tiles, (*scored, None, *arguments, "reference"))
+    torch.library.opcheck(ops.envelope_tokens, (query, key, lens, lens, 8, 0.5, "reference"))
     arguments = (lens, lens, 40, 40, 16, 16, True, 0, 1, 2, "mass", 0.9, 1, 1.0, 3, 1)
     torch.library.opcheck(ops.keep_tiles, (torch.rand(2, 4, 2, 3), *arguments, "reference"))
 

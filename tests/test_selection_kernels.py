@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from entropy_attn.kernels import budget as budget_kernel
 from entropy_attn.kernels import scoring
 
-SCORERS = [ea.Pooled(8), ea.Pooled(4, "max"), ea.Pooled(16), ea.Antidiagonal(8)]
+SCORERS = [ea.Pooled(8), ea.Pooled(4, "max"), ea.Pooled(16), ea.Envelope(8), ea.Antidiagonal(8)]
 BUDGETS = [
     ea.TopK(0.3),
     ea.TopK(count=3),
@@ -96,11 +96,11 @@ def test_scores(scorer, name, device):
 def test_half_precision_and_odd_head_dims(head_dim, device):
     """fp16 here: Triton's interpreter multiplies the bits of bf16; see test_scores_at_size."""
     query, key = inputs(device, 50, 50, head_dim=head_dim, dtype=torch.float16)
-    for scorer in (ea.Pooled(8), ea.Antidiagonal(4)):
+    for scorer in (ea.Pooled(8), ea.Envelope(8), ea.Antidiagonal(4)):
         assert_mass_is_right(scorer, query, key, block_size=16, is_causal=True)
 
 
-@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Antidiagonal(8)], ids=str)
+@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Envelope(8), ea.Antidiagonal(8)], ids=str)
 def test_slices_of_a_fused_projection(scorer, device):
     fused = torch.randn(2, 70, 3, 2, 32, device=device)
     query, key, _ = (fused[:, :, i].transpose(1, 2) for i in range(3))
@@ -109,7 +109,7 @@ def test_slices_of_a_fused_projection(scorer, device):
     assert torch.equal(scorer(query, key, **kwargs), expected)
 
 
-@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Antidiagonal(8)], ids=str)
+@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Envelope(8), ea.Antidiagonal(8)], ids=str)
 def test_padding_is_never_read(scorer, device):
     query, key = inputs(device, 64, 64)
     lens = torch.tensor([40, 13], dtype=torch.int32, device=device)
@@ -124,7 +124,8 @@ def test_padding_is_never_read(scorer, device):
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 30.0])
 def test_any_scale(scale, device):
     query, key = inputs(device, 40, 40)
-    assert_mass_is_right(ea.Pooled(8), query, key, block_size=16, scale=scale, is_causal=True)
+    for scorer in (ea.Pooled(8), ea.Envelope(8)):
+        assert_mass_is_right(scorer, query, key, block_size=16, scale=scale, is_causal=True)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -224,7 +225,7 @@ def test_select_blocks(name, device):
 def test_chunks_of_query_tiles(device):
     query, key = inputs(device, 100, 100)
     means = ops.pool_tokens(query, key, None, None, 8, "triton")
-    geometry = (None, None, 100, 100, 16, 16, True, 0, 8, False, False, 0.25)
+    geometry = (None, None, None, 100, 100, 16, 16, True, 0, 8, False, False, 0.25)
     whole = ops.score_tiles(*means, *geometry, 0, 7, "triton")
     parts = [ops.score_tiles(*means, *geometry, first, 3, "triton") for first in (0, 3)]
     parts.append(ops.score_tiles(*means, *geometry, 6, 1, "triton"))
@@ -239,7 +240,8 @@ def test_opcheck(lens, device):
     for antidiagonal in (False, True):
         scored = (query, key) if antidiagonal else (query[:, :, :5], key[:, :, :5])
         arguments = (lens, lens, 40, 40, 16, 16, True, 0, 8, antidiagonal, False, 0.3, 1, 2)
-        torch.library.opcheck(ops.score_tiles, (*scored, *arguments, "triton"))
+        torch.library.opcheck(ops.score_tiles, (*scored, None, *arguments, "triton"))
+    torch.library.opcheck(ops.envelope_tokens, (query, key, lens, lens, 8, 0.5, "triton"))
     arguments = (lens, lens, 40, 40, 16, 16, True, 0, 1, 2, "mass", 0.9, 1, 1.0, 3, 1)
     mass = torch.rand(2, 4, 2, 3, device=device)
     torch.library.opcheck(ops.keep_tiles, (mass, *arguments, "triton"))
@@ -266,7 +268,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     [(BF16, 64), (BF16, 80), (BF16, 128), (BF16, 256), (FP16, 64), (FP32, 64)],
     ids=str,
 )
-@pytest.mark.parametrize("scorer", [ea.Pooled(8), ea.Pooled(4, "max"), ea.Antidiagonal(8)], ids=str)
+@pytest.mark.parametrize(
+    "scorer", [ea.Pooled(8), ea.Pooled(4, "max"), ea.Envelope(8), ea.Antidiagonal(8)], ids=str
+)
 def test_scores_at_size(scorer, dtype, head_dim):
     query, key = inputs("cuda", 4000, 4111, 8, 2, head_dim, dtype)
     for name in ("plain", "all"):

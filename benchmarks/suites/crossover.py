@@ -26,6 +26,7 @@ from entropy_attn.benchmarks.timing import measure
 DATA_FILE = "crossover.json"
 DENSE = ("SDPA flash", "SDPA cuDNN")
 INPUT_SETS = 2
+SCORER = ea.SparsityConfig().scorer  # what users get
 
 
 def cases(form: str) -> tuple[list[AttentionCase], tuple[float, ...]]:
@@ -113,7 +114,7 @@ def _select(inputs: Inputs, density: float) -> ea.BlockMask:
         inputs.query,
         inputs.key,
         block_size=inputs.case.block,
-        scorer=ea.Pooled(8),
+        scorer=SCORER,
         budget=ea.TopK(density),
         is_causal=inputs.case.is_causal,
         backend=our_backend(inputs.device),

@@ -24,7 +24,7 @@ from entropy_attn.testing import assert_close_to_reference
 DENSITY = 0.2
 INPUT_SETS = 3
 ATTENTION = "attention"
-SCORERS = (ea.Pooled(8), ea.Pooled(8, reduce="max"), ea.Antidiagonal(16))
+SCORERS = (ea.Pooled(8), ea.Envelope(8), ea.Envelope(16), ea.Antidiagonal(16))
 BUDGETS = (ea.TopK(DENSITY), ea.TopP(0.95), ea.Perplexity(1.0))
 
 

@@ -67,6 +67,31 @@ def pool_tokens(tokens: Tensor, lens: Tensor | None, pool: int) -> Tensor:
     return (total / count.clamp(min=1.0)).to(tokens.dtype)
 
 
+def envelope_tokens(
+    tokens: Tensor, lens: Tensor | None, pool: int, spread: float
+) -> tuple[Tensor, Tensor]:
+    """Middle of the box around each group's valid tokens, and the share of its size that counts.
+
+    Returns:
+        (B, H, ceil(N / pool), D) in the dtype of the tokens, and (B, H, ceil(N / pool)): ``spread``
+        times the length of the box's half diagonal. Both are 0 for a group without a valid token.
+    """
+    length = tokens.shape[2]
+    index = torch.arange(length, device=tokens.device)
+    valid = (index < _ends(lens, length, tokens.device))[..., None]
+    padding = [0, 0, 0, -length % pool]
+    wide = tokens.to(compute_dtype(tokens.dtype))
+    low, high = (
+        torch.nn.functional.pad(wide.masked_fill(~valid, bound), padding, value=bound)
+        for bound in (math.inf, -math.inf)
+    )
+    low, high = low.unflatten(2, (-1, pool)).amin(3), high.unflatten(2, (-1, pool)).amax(3)
+    empty = low > high
+    centre = ((low + high) / 2).masked_fill(empty, 0.0)
+    half = ((high - low) / 2).masked_fill(empty, 0.0)
+    return centre.to(tokens.dtype), half.square().sum(-1).sqrt() * spread
+
+
 def antidiagonal_rows(tokens: Tensor, lens: Tensor | None, stride: int, reverse: bool) -> Tensor:
     """(B, H, ceil(N / stride), stride * D): the tokens of each group side by side, 0 for padding.
 
@@ -84,6 +109,7 @@ def antidiagonal_rows(tokens: Tensor, lens: Tensor | None, stride: int, reverse:
 def score_tiles(
     query_groups: Tensor,
     key_groups: Tensor,
+    spreads: Tensor | None,
     geometry: Geometry,
     group: int,
     take_maximum: bool,
@@ -95,6 +121,8 @@ def score_tiles(
 
     Args:
         query_groups: (B, Hq, ceil(Nq / group), E); key_groups: (B, Hkv, ceil(Nk / group), E).
+        spreads: (B, Hkv, ceil(Nk / group)), times the length of a query group's row a bonus of the
+            score, or None.
         group: tokens a group.
         take_maximum: over the tile's query groups, instead of their mean.
         scale: factor of the products of rows.
@@ -106,7 +134,9 @@ def score_tiles(
     dtype, device = compute_dtype(query_groups.dtype), query_groups.device
     block_q, block_k = geometry.block_size
     per_tile = block_q // group
-    key = key_groups.to(dtype).repeat_interleave(heads // key_groups.shape[1], 1)
+    ratio = heads // key_groups.shape[1]
+    key = key_groups.to(dtype).repeat_interleave(ratio, 1)
+    bonus = None if spreads is None else spreads.to(dtype).repeat_interleave(ratio, 1)
     q_end, k_end = geometry.ends(device)
     offset = k_end - q_end
 
@@ -128,7 +158,10 @@ def score_tiles(
             visible = visible & (first_query + offset - last_key < geometry.window)
         visible = visible[:, None]
         seeing = visible.any(-1, keepdim=True)
-        scores = ((rows @ key.transpose(-1, -2)) * scale + weight).masked_fill(~visible, -math.inf)
+        scores = rows @ key.transpose(-1, -2) * scale + weight
+        if bonus is not None:
+            scores += abs(scale) * rows.norm(dim=-1, keepdim=True) * bonus[:, :, None]
+        scores = scores.masked_fill(~visible, -math.inf)
         p = torch.softmax(scores.masked_fill(~seeing, 0.0), -1).masked_fill(~seeing, 0.0)
         blocks = sum_blocks(p, block_k // group, -1)
         if take_maximum:

@@ -22,10 +22,17 @@ from entropy_attn.selection.geometry import (
     most_always_kept,
     most_visible,
 )
-from entropy_attn.selection.scorers import Antidiagonal, GroupScorer, Pooled, TrueMass
+from entropy_attn.selection.scorers import (
+    Antidiagonal,
+    Envelope,
+    GroupScorer,
+    Pooled,
+    TrueMass,
+)
 
 __all__ = [
     "Antidiagonal",
+    "Envelope",
     "Perplexity",
     "Pooled",
     "TopK",

@@ -27,7 +27,7 @@ def pool_tokens(
             reference.pool_tokens(query, q_lens, pool),
             reference.pool_tokens(key, kv_lens, pool),
         )
-    from entropy_attn.kernels.scoring import pool_tokens as launch
+    from entropy_attn.kernels.pooling import pool_tokens as launch
 
     return launch(query, key, q_lens, kv_lens, pool)
 
@@ -39,10 +39,41 @@ def _(query, key, q_lens, kv_lens, pool, backend):
     )
 
 
+@torch.library.custom_op("entropy_attn::envelope_tokens", mutates_args=())
+def envelope_tokens(
+    query: Tensor,
+    key: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    pool: int,
+    spread: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of query groups, middles of key groups, and (B, Hkv, ceil(Nk / pool)) their spreads."""
+    if backend == "reference":
+        means = reference.pool_tokens(query, q_lens, pool)
+        return means, *reference.envelope_tokens(key, kv_lens, pool, spread)
+    from entropy_attn.kernels.pooling import envelope_tokens as launch
+
+    return launch(query, key, q_lens, kv_lens, pool, spread)
+
+
+@envelope_tokens.register_fake
+def _(query, key, q_lens, kv_lens, pool, spread, backend):
+    groups = [t.new_empty(*t.shape[:2], -(-t.shape[2] // pool), t.shape[3]) for t in (query, key)]
+    spreads = groups[1].new_empty(groups[1].shape[:3], dtype=_score_dtype(key))
+    return *groups, spreads
+
+
+def _score_dtype(tokens: Tensor) -> torch.dtype:
+    return torch.float64 if tokens.dtype == torch.float64 else torch.float32
+
+
 @torch.library.custom_op("entropy_attn::score_tiles", mutates_args=())
 def score_tiles(
     query: Tensor,
     key: Tensor,
+    spreads: Tensor | None,
     q_lens: Tensor | None,
     kv_lens: Tensor | None,
     q_len: int,
@@ -61,7 +92,7 @@ def score_tiles(
 ) -> Tensor:
     """(B, Hq, tiles, Mk) fp32 or fp64: predicted mass of the query tiles from first_tile on.
 
-    query and key are group means, or all tokens if ``antidiagonal``.
+    query and key are groups, with their spreads or without, or all tokens if ``antidiagonal``.
     """
     if backend == "reference":
         geometry = reference.Geometry(
@@ -72,24 +103,24 @@ def score_tiles(
             key = reference.antidiagonal_rows(key, kv_lens, group, reverse=False)
             scale = scale / group
         return reference.score_tiles(
-            query, key, geometry, group, take_maximum, scale, first_tile, tiles
+            query, key, spreads, geometry, group, take_maximum, scale, first_tile, tiles
         )
     from entropy_attn.kernels.scoring import score_tiles as launch
 
     taps = group if antidiagonal else 1
     return launch(
-        query, key, q_lens, kv_lens, q_len, kv_len, group, taps, take_maximum,
+        query, key, spreads, q_lens, kv_lens, q_len, kv_len, group, taps, take_maximum,
         (block_q, block_k), is_causal, window, scale, first_tile, tiles,
     )  # fmt: skip
 
 
 @score_tiles.register_fake
 def _(
-    query, key, q_lens, kv_lens, q_len, kv_len, block_q, block_k, is_causal, window, group,
-    antidiagonal, take_maximum, scale, first_tile, tiles, backend,
+    query, key, spreads, q_lens, kv_lens, q_len, kv_len, block_q, block_k, is_causal, window,
+    group, antidiagonal, take_maximum, scale, first_tile, tiles, backend,
 ):  # fmt: skip
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:2], tiles, -(-kv_len // block_k), dtype=dtype)
+    shape = (*query.shape[:2], tiles, -(-kv_len // block_k))
+    return query.new_empty(shape, dtype=_score_dtype(query))
 
 
 @torch.library.custom_op("entropy_attn::keep_tiles", mutates_args=())

@@ -1,4 +1,4 @@
-"""What predicts the attention of a tile: Pooled, Antidiagonal and TrueMass.
+"""What predicts the attention of a tile: Pooled, Envelope, Antidiagonal and TrueMass.
 
 A scorer is any callable
 
@@ -7,7 +7,7 @@ A scorer is any callable
 that returns (B, Hq, Mq, Mk) fp32, the predicted distribution of each block of queries over the
 blocks of keys: not negative, each row with the sum 1, or all 0 where no query sees a key.
 
-Pooled and Antidiagonal work on groups of consecutive tokens. A query group sees a key group if
+All but TrueMass work on groups of consecutive tokens. A query group sees a key group if
 one of its valid queries may attend to one of the group's valid keys, and a key group weighs as
 many keys as are valid in it. So a group on the diagonal counts in full, keys after the query
 included: what its tile is predicted is an upper estimate there, and the diagonal is always kept.
@@ -93,17 +93,48 @@ class Pooled(GroupScorer):
 
     def tile_scores(self, query, key, geometry, scale: float, backend: str) -> TileScores:
         check.check_group("pool", self.pool, geometry.block_size)
-        lens = (geometry.q_lens, geometry.kv_lens)
-        query_means, key_means = ops.pool_tokens(query, key, *lens, self.pool, backend)
+        groups = self.groups(query, key, geometry, backend)
         return _tile_scores(
-            query_means, key_means, geometry, self.pool, False, self.reduce == "max", scale, backend
+            *groups, geometry, self.pool, False, self.reduce == "max", scale, backend
         )
+
+    def groups(self, query, key, geometry, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query groups, key groups, and what a query may find above their product."""
+        lens = (geometry.q_lens, geometry.kv_lens)
+        return *ops.pool_tokens(query, key, *lens, self.pool, backend), None
 
     def normalised(self, mass: Tensor) -> Tensor:
         if self.reduce == "mean":
             return mass
         total = mass.sum(-1, keepdim=True)
         return mass / total.masked_fill(total == 0, 1.0)
+
+
+@dataclass(frozen=True)
+class Envelope(Pooled):
+    """Means of queries against the boxes around groups of keys.
+
+    A mean of keys hides the one key that a query looks for. So a group of keys is taken as the
+    box around its ``pool`` keys: the score is the product with the middle of the box plus
+    ``spread`` times the length of the query mean times the length of the box's half diagonal.
+    With spread=1 that bounds every score of the group from above (Cauchy and Schwarz), a small
+    share of it predicts best. Then as `Pooled`, at its cost.
+
+    Attributes:
+        pool, reduce: as in `Pooled`.
+        spread: in [0, 1].
+    """
+
+    reduce: str = "max"
+    spread: float = 0.35
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.check_share("spread", self.spread, may_be_zero=True)
+
+    def groups(self, query, key, geometry, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        lens = (geometry.q_lens, geometry.kv_lens)
+        return ops.envelope_tokens(query, key, *lens, self.pool, float(self.spread), backend)
 
 
 @dataclass(frozen=True)
@@ -130,15 +161,15 @@ class Antidiagonal(GroupScorer):
 
     def tile_scores(self, query, key, geometry, scale: float, backend: str) -> TileScores:
         check.check_group("stride", self.stride, geometry.block_size)
-        return _tile_scores(query, key, geometry, self.stride, True, False, scale, backend)
+        return _tile_scores(query, key, None, geometry, self.stride, True, False, scale, backend)
 
 
 def _tile_scores(
-    query, key, geometry, group, antidiagonal, take_maximum, scale, backend
+    query, key, spreads, geometry, group, antidiagonal, take_maximum, scale, backend
 ) -> TileScores:
     def score(first_tile: int, tiles: int) -> Tensor:
         return ops.score_tiles(
-            query, key, geometry.q_lens, geometry.kv_lens, geometry.q_len, geometry.kv_len,
+            query, key, spreads, geometry.q_lens, geometry.kv_lens, geometry.q_len, geometry.kv_len,
             *geometry.block_size, geometry.is_causal, geometry.window,
             group, antidiagonal, take_maximum, scale, first_tile, tiles, backend,
         )  # fmt: skip

@@ -1,0 +1,223 @@
+"""The custom ops of soft partitions: masses of cells, their entropy, and its gradients.
+
+Each picks the Triton launcher or the PyTorch reference by name and has a fake for tracing.
+Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Arguments are
+valid when they arrive here: `entropy_attn.partition` checks them.
+
+With W the sum of weights and G_i = -sum_j p_ij log P_j, the gradient of a weight is (G_i - H) / W.
+A set without weight has masses, entropy and gradients 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_attn.reference import soft_entropy as reference
+
+
+def _range(backend: str) -> Any:
+    """The module that implements balls."""
+    if backend == "reference":
+        return reference
+    from entropy_attn.kernels import range_entropy
+
+    return range_entropy
+
+
+def _halfspace(backend: str) -> Any:
+    """The module that implements halfspaces."""
+    if backend == "reference":
+        return reference
+    from entropy_attn.kernels import halfspace_entropy
+
+    return halfspace_entropy
+
+
+def _per_weight(values: Tensor, weights: Tensor | None, points: Tensor) -> Tensor:
+    """(B0, B1, ...) values over the sum of weights; 0 where it is 0."""
+    if weights is None:
+        return values / max(1, points.shape[2])
+    total = weights.sum(-1)
+    total = total.reshape(*total.shape, *[1] * (values.ndim - 2))
+    return torch.where(total > 0, values / total, 0.0)
+
+
+def _mass_and_entropy(
+    sums: Tensor, weights: Tensor | None, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    mass = _per_weight(sums, weights, points)
+    return mass, reference.entropy_of_masses(mass)
+
+
+def _weight_grad(expected: Tensor, entropy: Tensor, scale: Tensor, needed: bool) -> Tensor:
+    """(B0, B1, n) or empty; ``scale`` is the incoming gradient over the sum of weights."""
+    if not needed:
+        return expected.new_empty(0)
+    return (expected - entropy[..., None]) * scale[..., None]
+
+
+@torch.library.custom_op("entropy_attn::range_forward", mutates_args=())
+def range_forward(
+    points: Tensor,
+    anchors: Tensor,
+    alpha: Tensor,
+    weights: Tensor | None,
+    with_peak: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """entropy (B0, B1), mass (B0, B1, k), log-sum-exp (B0, B1, n) in the backend's own base, and
+    the largest p of each point (B0, B1, n), empty without ``with_peak``."""
+    sums, lse, peak = _range(backend).range_mass(points, anchors, alpha, weights, with_peak)
+    mass, entropy = _mass_and_entropy(sums, weights, points)
+    return entropy, mass, lse, peak
+
+
+@range_forward.register_fake
+def _(points, anchors, alpha, weights, with_peak, backend):
+    rows = points.shape[:3]
+    return (
+        anchors.new_empty(points.shape[:2]),
+        anchors.new_empty(*points.shape[:2], anchors.shape[2]),
+        anchors.new_empty(rows),
+        anchors.new_empty(rows if with_peak else (0,)),
+    )
+
+
+@torch.library.custom_op("entropy_attn::range_backward", mutates_args=())
+def range_backward(
+    grad: Tensor,
+    points: Tensor,
+    anchors: Tensor,
+    alpha: Tensor,
+    weights: Tensor | None,
+    entropy: Tensor,
+    mass: Tensor,
+    lse: Tensor,
+    need_points: bool,
+    need_anchors: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of points, anchors, alpha and weights; empty where they are not needed."""
+    scale = _per_weight(grad, weights, points)
+    dx, danchors, dalpha, expected = _range(backend).range_gradients(
+        points, anchors, alpha, weights, lse, reference.surprise(mass), scale,
+        need_points, need_anchors,
+    )  # fmt: skip
+    return dx, danchors, dalpha, _weight_grad(expected, entropy, scale, need_weights)
+
+
+@range_backward.register_fake
+def _(
+    grad, points, anchors, alpha, weights, entropy, mass, lse, need_points, need_anchors,
+    need_weights, backend,
+):  # fmt: skip
+    return (
+        points.new_empty(points.shape if need_points else (0,)),
+        anchors.new_empty(anchors.shape if need_anchors else (0,)),
+        anchors.new_empty(alpha.shape if need_anchors else (0,)),
+        anchors.new_empty(points.shape[:3] if need_weights else (0,)),
+    )
+
+
+def _save_range(ctx, inputs, output):
+    points, anchors, alpha, weights, _, backend = inputs
+    entropy, mass, lse, peak = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mass, lse, peak)
+    ctx.save_for_backward(points, anchors, alpha, weights, entropy, mass, lse)
+    ctx.backend = backend
+
+
+def _range_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    needs = ctx.needs_input_grad
+    wanted = (needs[0], needs[1] or needs[2], needs[3])
+    grads = range_backward(grad, *ctx.saved_tensors, *wanted, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs[:4], strict=True)), None, None
+
+
+range_forward.register_autograd(_range_backward, setup_context=_save_range)
+
+
+@torch.library.custom_op("entropy_attn::halfspace_forward", mutates_args=())
+def halfspace_forward(
+    points: Tensor,
+    normals: Tensor,
+    offsets: Tensor,
+    tau: Tensor,
+    weights: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """entropy (B0, B1), mass (B0, B1, 2^T)."""
+    sums = _halfspace(backend).halfspace_mass(points, normals, offsets, tau, weights)
+    mass, entropy = _mass_and_entropy(sums, weights, points)
+    return entropy, mass
+
+
+@halfspace_forward.register_fake
+def _(points, normals, offsets, tau, weights, backend):
+    batch = points.shape[:2]
+    return normals.new_empty(batch), normals.new_empty(*batch, 1 << normals.shape[2])
+
+
+@torch.library.custom_op("entropy_attn::halfspace_backward", mutates_args=())
+def halfspace_backward(
+    grad: Tensor,
+    points: Tensor,
+    normals: Tensor,
+    offsets: Tensor,
+    tau: Tensor,
+    weights: Tensor | None,
+    entropy: Tensor,
+    mass: Tensor,
+    need_points: bool,
+    need_planes: bool,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of points, normals, offsets, tau and weights; empty where not needed."""
+    scale = _per_weight(grad, weights, points)
+    dx, dnormals, doffsets, dtau, expected = _halfspace(backend).halfspace_gradients(
+        points, normals, offsets, tau, weights, reference.surprise(mass), scale,
+        need_points, need_planes,
+    )  # fmt: skip
+    return dx, dnormals, doffsets, dtau, _weight_grad(expected, entropy, scale, need_weights)
+
+
+@halfspace_backward.register_fake
+def _(
+    grad, points, normals, offsets, tau, weights, entropy, mass, need_points, need_planes,
+    need_weights, backend,
+):  # fmt: skip
+    planes = (t.new_empty(t.shape if need_planes else (0,)) for t in (normals, offsets, tau))
+    return (
+        points.new_empty(points.shape if need_points else (0,)),
+        *planes,
+        normals.new_empty(points.shape[:3] if need_weights else (0,)),
+    )
+
+
+def _save_halfspace(ctx, inputs, output):
+    *tensors, backend = inputs
+    entropy, mass = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mass)
+    ctx.save_for_backward(*tensors, entropy, mass)
+    ctx.backend = backend
+
+
+def _halfspace_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    needs = ctx.needs_input_grad
+    wanted = (needs[0], any(needs[1:4]), needs[4])
+    grads = halfspace_backward(grad, *ctx.saved_tensors, *wanted, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs[:5], strict=True)), None
+
+
+halfspace_forward.register_autograd(_halfspace_backward, setup_context=_save_halfspace)
