@@ -12,8 +12,8 @@ sigmoid(a) = e^(a/2) / (e^(a/2) + e^(-a/2)): its logits are sum_t +-a_t / 2.
 Backward, with the matrix g_rl = -log P_rl and G_i = R_i^T g L_i, the gradients of the logits are
 w_i L (R^T g - G) and w_i R (g L - G). They go to the signed distances by the signs, and from there
 to points, normals, offsets and tau. As in `range_entropy`, sums over points are kept for each
-program and added afterwards, products take fp32 operands, and for fp16 and bf16 points they run
-in TF32.
+program and added afterwards, and products take fp32 operands, for fp16 and bf16 points as three
+TF32 products each.
 """
 
 from __future__ import annotations

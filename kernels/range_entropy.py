@@ -19,8 +19,10 @@ one tile of anchors, a program takes a run of points through all anchors, forwar
 once; beyond, log-sum-exp and G_i come from passes of their own. Sums over points are kept for each
 program and added afterwards, without atomics: results are the same in every run.
 
-Products take fp32 operands. For fp16 and bf16 points they run in TF32, which has the mantissa of
-fp16 and, unlike it, the range for weights of any size.
+Products take fp32 operands: centred points do not fit half precision, nor do weights of any size.
+For fp16 and bf16 points scores are three TF32 products on the tensor cores ("tf32x3"), which lose
+next to nothing; one would shift each anchor by its rounding. Gradients are single TF32 products:
+they have the mantissa of fp16, and what they round differs from point to point.
 """
 
 from __future__ import annotations
@@ -338,11 +340,14 @@ def forward_config(dim: int, k: int, precision: str) -> RangeConfig:
 
     Fp32 products outside the tensor cores ("ieee") hold whole tiles in registers: smaller ones.
     """
-    block_n = min(128, max(16, triton.next_power_of_2(k)))
-    padded = padded_head_dim(dim)
+    padded, block_n = padded_head_dim(dim), min(128, max(16, triton.next_power_of_2(k)))
+    is_wide = block_n > 64
     if precision == "ieee":
-        return RangeConfig(64 if block_n <= 64 else 32, block_n, min(padded, 32), 0, 4, 2)
-    return RangeConfig(64, block_n, min(padded, 64), 0, 4 if block_n <= 64 else 8, 2)
+        return RangeConfig(32 if is_wide else 64, block_n, min(padded, 32), 0, 4, 2)
+    # For sm_100 Triton 3.6 compiles "tf32x3" on wide tiles of 64 rows to a trap.
+    if is_wide:
+        return RangeConfig(32, block_n, min(padded, 32), 0, 8, 2)
+    return RangeConfig(64, block_n, min(padded, 64), 0, 4, 2)
 
 
 def backward_config(dim: int, k: int, precision: str) -> RangeConfig:
@@ -350,13 +355,12 @@ def backward_config(dim: int, k: int, precision: str) -> RangeConfig:
 
     Fetching a step ahead does not fit the 64 KiB of gfx942, and costs registers everywhere.
     """
-    padded = padded_head_dim(dim)
+    padded, block_n = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
     if precision == "ieee":
-        block_n = min(64, max(16, triton.next_power_of_2(k)))
-        return RangeConfig(32, block_n, min(padded, 32), min(padded, 32), 4, 1)
-    block_n = min(128, max(16, triton.next_power_of_2(k)))
-    warps = 4 if block_n <= 64 else 8
-    return RangeConfig(32, block_n, min(padded, 64), min(padded, 64), warps, 1)
+        return RangeConfig(32, min(64, block_n), min(padded, 32), min(padded, 32), 4, 1)
+    is_wide = block_n > 64
+    block_d = min(padded, 32 if is_wide else 64)
+    return RangeConfig(32, min(128, block_n), block_d, min(padded, 64), 8 if is_wide else 4, 1)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def launched_kernels(request: pytest.FixtureRequest, record_property):
     knobs.runtime.launch_enter_hook.add(hook)
     yield
     knobs.runtime.launch_enter_hook.remove(hook)
+    torch.cuda.empty_cache()  # other test processes share the GPU
     record_property("kernels", sorted(names))
 
 

@@ -59,4 +59,5 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
         if each["shared"] > limit
     ]
     assert not too_large, f"{arch} has {limit / KIB:.0f} KiB: {too_large}"
-    assert all(each["registers"] > 0 for each in compiled)
+    # A kernel that the compiler gave up on is a trap; it takes four registers.
+    assert all(each["registers"] >= 16 for each in compiled)
