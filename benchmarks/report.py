@@ -199,32 +199,50 @@ def _crossover(store: Store) -> str:
 
 def _quality(store: Store) -> str:
     def table(records: list[Record]) -> str:
-        parts = []
-        for text in dict.fromkeys(r.config["text"] for r in records):
-            mine = [r for r in records if r.config["text"] == text]
-            dense = next(r for r in mine if r.config["family"] == "dense")
-            config = dense.config
-            rows = [
-                [
-                    r.config["family"],
-                    r.config["budget"],
-                    str(r.config["block"]),
-                    f"{r.result['density']:.3f}",
-                    f"{r.result['kept_mass']:.3f}",
-                    f"{r.result['change']:+.3f}",
-                ]
-                for r in mine
-                if r is not dense
-            ]
-            header = ["choice by", "budget", "block", "density", "kept mass", "perplexity"]
-            parts.append(
-                f"{config['model']}, {config['dtype']}, {config['windows']} x {config['length']} "
-                f"tokens of {text}; dense perplexity {dense.result['perplexity']:.2f}.\n\n"
-                + markdown(header, rows)
-            )
-        return "\n\n".join(parts)
+        texts = dict.fromkeys(r.config["text"] for r in records)
+        return "\n\n".join(
+            _quality_of_text([r for r in records if r.config["text"] == text]) for text in texts
+        )
 
     return _per_machine(store, "quality", table)
+
+
+def _quality_at_a_quarter(store: Store) -> str:
+    """Of the held-out text, what keeps about a quarter of the blocks, the best first."""
+
+    def table(records: list[Record]) -> str:
+        mine = [r for r in records if r.config["text"] == PARTS["held-out"]]
+        near = [r for r in mine if r.config["family"] == "dense" or _near_a_quarter(r)]
+        return _quality_of_text(sorted(near, key=lambda r: r.result["change"]))
+
+    return _per_machine(store, "quality", table)
+
+
+def _near_a_quarter(record: Record) -> bool:
+    return record.config["block"] == 64 and 0.2 <= record.result["density"] <= 0.3
+
+
+def _quality_of_text(records: list[Record]) -> str:
+    dense = next(r for r in records if r.config["family"] == "dense")
+    config = dense.config
+    rows = [
+        [
+            r.config["family"],
+            r.config["budget"],
+            str(r.config["block"]),
+            f"{r.result['density']:.3f}",
+            f"{r.result['kept_mass']:.3f}",
+            f"{r.result['change']:+.3f}",
+        ]
+        for r in records
+        if r is not dense
+    ]
+    header = ["choice by", "budget", "block", "density", "kept mass", "perplexity"]
+    return (
+        f"{config['model']}, {config['dtype']}, {config['windows']} x {config['length']} "
+        f"tokens of {config['text']}; dense perplexity {dense.result['perplexity']:.2f}.\n\n"
+        + markdown(header, rows)
+    )
 
 
 TABLES: dict[str, Callable[[Store], str]] = {
@@ -234,6 +252,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "selection": _selection,
     "crossover": _crossover,
     "quality": _quality,
+    "quality-at-a-quarter": _quality_at_a_quarter,
 }
 
 

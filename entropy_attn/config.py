@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from entropy_attn.selection import (
+    DEFAULT_BUDGET,
+    DEFAULT_SCORER,
     Antidiagonal,
     Envelope,
     Perplexity,
@@ -57,8 +59,8 @@ class SparsityConfig:
     """
 
     block_size: int | tuple[int, int] = 64
-    scorer: Callable[..., Any] = field(default_factory=lambda: Envelope(8))
-    budget: TopK | TopP | Perplexity = field(default_factory=lambda: TopP(0.945))
+    scorer: Callable[..., Any] = DEFAULT_SCORER
+    budget: TopK | TopP | Perplexity = DEFAULT_BUDGET
     sink: int = 1
     local: int = 2
     min_length: int | Literal["auto"] = "auto"

@@ -177,7 +177,7 @@ def _pool(
     shape = (0,) if spread is None else key_out.shape[:3]
     spreads = key.new_empty(shape, dtype=torch.float32)
     block_d = padded_head_dim(head_dim)
-    rows = max(1, 8192 // (block_d * query.element_size()))  # 64 bytes a thread and step
+    rows = max(1, 4096 // (block_d * query.element_size()))  # 32 bytes a thread and token
     query_programs = batch * q_heads * triton.cdiv(q_groups, rows)
     programs = query_programs + batch * kv_heads * triton.cdiv(kv_groups, rows)
     if programs == 0:

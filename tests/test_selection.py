@@ -136,7 +136,7 @@ def test_any_shape(q_len, kv_len, block_q, block_k, window, causal, sink, local,
         query, key, block_size=(block_q, block_k), budget=budget, sink=sink, local=local, **options
     )
     assert_lists_are_well_formed(mask)
-    mass = ea.Pooled(8)(query, key, block_size=(block_q, block_k), **options)
+    mass = ea.Envelope(8)(query, key, block_size=(block_q, block_k), **options)
     expected = kept_blocks(mass, budget, (block_q, block_k), q_len, kv_len, sink, local, **options)
     assert torch.equal(mask.to_dense(), expected)
 

@@ -215,9 +215,9 @@ def test_select_blocks(name, device):
     masks = [select_blocks(query, key, backend=b, **kwargs) for b in ("triton", "reference")]
     assert_lists_are_well_formed(masks[0])
     # Where two masses are nearly equal either choice is right: compare what is kept, not which.
-    mass = ea.Pooled(8)(query, key, backend="reference", **kwargs)
+    mass = ea.Envelope(8)(query, key, backend="reference", **kwargs)
     kept = [(mass * mask.to_dense()).sum(-1) for mask in masks]
-    exact = ea.Pooled(8)(query.double(), key.double(), backend="reference", **kwargs)
+    exact = ea.Envelope(8)(query.double(), key.double(), backend="reference", **kwargs)
     assert_close_to_reference(kept[0], kept[1], (exact * masks[1].to_dense()).sum(-1), "kept mass")
     assert torch.equal(masks[0].kv_num_blocks, masks[1].kv_num_blocks)
 
@@ -364,8 +364,8 @@ def test_memory_stays_proportional_to_the_query_at_a_million_tokens():
     tail = {"block_size": 64, "is_causal": True, "backend": "reference"}
     last = query[:, :, -4096:]
     expected = select_blocks(last, query, budget=budget, **tail).to_dense()
-    mass = ea.Pooled(8)(last, query, **tail)
-    exact = ea.Pooled(8)(last.double(), query.double(), **tail)
+    mass = ea.Envelope(8)(last, query, **tail)
+    exact = ea.Envelope(8)(last.double(), query.double(), **tail)
     actual = mask.to_dense()[:, :, -64:]
     assert_close_to_reference(
         (mass * actual).sum(-1), (mass * expected).sum(-1), (exact * expected).sum(-1), "kept mass"

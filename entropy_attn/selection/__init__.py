@@ -42,6 +42,9 @@ __all__ = [
     "select_blocks",
 ]
 
+# The best that was measured without training (README, docs/benchmarks.md).
+DEFAULT_SCORER = Envelope(8)
+DEFAULT_BUDGET = TopP(0.945)
 # Masses and their workspace take no more than the query does, or this many bytes.
 WORKSPACE_BYTES = 256 * 2**20
 
@@ -68,9 +71,9 @@ def select_blocks(
         query: (B, Hq, Nq, D); key: (B, Hkv, Nk, D), Hq a multiple of Hkv. They must be finite; a
             tile whose prediction is not keeps as many blocks as the budget can allow.
         block_size: tokens a block, or (query, key).
-        scorer: predicts the distribution of each tile, `Pooled(8)` by default; or a callable,
+        scorer: predicts the distribution of each tile, `Envelope(8)` by default; or a callable,
             see `entropy_attn.selection.scorers`, whose values are checked as by `keep_blocks`.
-        budget: how many blocks a tile keeps, `Perplexity(1.0)` by default.
+        budget: how many blocks a tile keeps, `TopP(0.945)` by default.
         is_causal, scale, kv_lens, q_lens, window: as in `ea.block_sparse_attention`; the
             prediction respects them, and a block that no query of a tile sees is never listed.
         sink: the first ``sink`` blocks of keys are always kept.
@@ -86,9 +89,9 @@ def select_blocks(
         TypeError, ValueError: an argument is not allowed; the message names it.
         BackendUnavailable: a named backend cannot run this call.
     """
-    scorer = Pooled() if scorer is None else scorer
+    scorer = DEFAULT_SCORER if scorer is None else scorer
     if not callable(scorer):
-        raise TypeError(f"scorer must be Pooled(), Antidiagonal() or a callable, got {scorer!r}")
+        raise TypeError(f"scorer must be Envelope(), Pooled(), … or a callable, got {scorer!r}")
     geometry = make_geometry(query, key, block_size, is_causal, kv_lens, q_lens, window)
     rules = _Rules(budget, sink, local)
     scale = check.check_scale(scale, query.shape[3])
@@ -169,7 +172,7 @@ class _Rules:
     """A checked budget with the blocks that are kept besides."""
 
     def __init__(self, budget: Budget | None, sink: int, local: int) -> None:
-        self.budget = Perplexity() if budget is None else budget
+        self.budget = DEFAULT_BUDGET if budget is None else budget
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget must be TopK, TopP or Perplexity, got {budget!r}")
         self.sink = check.check_integer("sink", sink, minimum=0)
