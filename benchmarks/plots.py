@@ -54,7 +54,10 @@ class Point:
 
 
 def frontier(points: Sequence[Point], title: str, path: Path) -> None:
-    """Change of perplexity against density: colours are families, markers are budgets."""
+    """Change of perplexity against density: colours are families, markers are budgets.
+
+    Where the colours run out they come again, hollow.
+    """
     families = list(dict.fromkeys(point.family for point in points))
     kinds = list(dict.fromkeys(point.kind for point in points))
     with plt.rc_context(STYLE):
@@ -63,12 +66,15 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
         for family, kind in dict.fromkeys((point.family, point.kind) for point in points):
             curve = [p for p in points if (p.family, p.kind) == (family, kind)]
             curve.sort(key=lambda point: point.density)
-            colour = COLOURS[families.index(family) % len(COLOURS)]
+            turn, index = divmod(families.index(family), len(COLOURS))
+            colour = COLOURS[index]
             axes.plot(
                 [100 * point.density for point in curve],
                 [point.change for point in curve],
                 color=colour,
                 marker=MARKERS[kinds.index(kind) % len(MARKERS)],
+                markerfacecolor="white" if turn else colour,
+                linestyle="--" if turn else "-",
                 linewidth=1.5,
             )
             for point in curve:
@@ -81,7 +87,12 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
                     color=colour,
                 )
         handles: list[Artist] = [
-            Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(families)
+            Patch(
+                edgecolor=COLOURS[i % len(COLOURS)],
+                facecolor=COLOURS[i] if i < len(COLOURS) else "white",
+                label=name,
+            )
+            for i, name in enumerate(families)
         ]
         handles += [
             Line2D(

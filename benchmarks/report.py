@@ -287,13 +287,18 @@ def draw(store: Store, folder: Path) -> list[Path]:
         drawn.append(path)
     for machine, records in by_machine(full_records(store, "quality")):
         for text in dict.fromkeys(r.config["text"] for r in records):
+            # Variants of one idea, such as other spreads, are for the table.
             points = [
                 plots.Point(
                     r.config["family"], r.config["budget"], r.result["density"], r.result["change"]
                 )
                 for r in records
-                if r.config["text"] == text and r.config.get("block") == 64
+                if r.config["text"] == text
+                and r.config.get("block") == 64
+                and "spread" not in r.config["family"]
             ]
+            if len({point.family for point in points}) < 2:  # a run that was cut short
+                continue
             part = next((part for part, name in PARTS.items() if name == text), text)
             path = folder / f"quality_{_slug(part)}_{_slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
