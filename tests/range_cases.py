@@ -126,37 +126,6 @@ def values_and_gradients(function, leaves: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out * factors.reshape(out.shape)).sum(), leaves)]
 
 
-def term_sizes(case: Case, inputs: list[Tensor]) -> dict[str, float]:
-    """How large the terms are that a gradient of `values_and_gradients` is a sum of, for balls.
-
-    What is one number for all points (alpha) sums terms of either sign: their root of the sum of
-    squares is how far the roundings of the sum wander. An error of a score is one of the logarithm
-    of every probability, hence the factor. From the first points of many.
-    """
-    if case.halfspaces:
-        return {}
-    x, anchors, alpha = (t.double() for t in inputs[:3])
-    x = x[..., :10_000, :]
-    taken = x.shape[-2]
-    weights = x.new_ones(x.shape[:-1])
-    if case.weights:
-        weights = inputs[3][..., :taken].double()
-    share = weights / weights.sum(-1, keepdim=True)
-    middle = anchors.mean(-2, keepdim=True)
-    products = (x - middle) @ (anchors - middle).mT
-    score = 2 * (alpha[..., None, None] * products).abs().max().item()
-    squared = torch.cdist(x, anchors.expand(*x.shape[:-2], *anchors.shape[-2:])).square()
-    p = (-alpha[..., None, None] * squared).softmax(-1)
-    g = -(shares(p, weights).log() + 1)[..., None, :]
-    spread = (p * (g - (p * g).sum(-1, keepdim=True)).abs() * squared).sum(-1)
-    amplified, factor = 1.0 + score, 1.5 * case.n
-    total = weights.sum(-1).min().item() * case.n / taken
-    return {
-        "weights": amplified * factor * g.abs().max().item() / total,
-        "alpha": amplified * factor * (share * spread).norm().item() * (taken / case.n) ** 0.5,
-    }
-
-
 def plain_results(case: Case, inputs: list[Tensor], exact: list[Tensor], functions=()) -> list:
     """The exact values and gradients, each off by the worst error of plain PyTorch.
 
