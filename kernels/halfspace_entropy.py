@@ -9,9 +9,9 @@ others, m_(r,l) = R_r L_l. So the sums over points are one matrix product, sum_i
 a point costs 2 * 2^(T/2) exponentials instead of 2^T. A factor is a softmax, since
 sigmoid(a) = e^(a/2) / (e^(a/2) + e^(-a/2)): its logits are sum_t +-a_t / 2.
 
-Backward, with the matrix g_rl = -log P_rl and G_i = R_i^T g L_i, the gradients of the logits are
-w_i L (R^T g - G) and w_i R (g L - G). They go to the signed distances by the signs, and from there
-to points, normals, offsets and tau. As in `range_entropy`, sums over points are kept for each
+Backward, with the matrix g_rl = -log P_rl - H and G_i = R_i^T g L_i, the gradients of the logits
+are w_i L (R^T g - G) and w_i R (g L - G). They go to the signed distances by the signs, and from
+there to points, normals, offsets and tau. As in `range_entropy`, sums over points are kept for each
 program and added afterwards, and products take fp32 operands, for fp16 and bf16 points as three
 TF32 products each.
 """
@@ -310,7 +310,7 @@ def halfspace_gradients(
     """Gradients of the entropy of the sums that `halfspace_mass` returned.
 
     Args:
-        surprise: (B0, B1, 2^T) fp32, -log P_s, 0 where P_s is 0.
+        surprise: (B0, B1, 2^T) fp32, -log P_s - H, 0 where P_s is 0.
         scale: (B0, B1) fp32, the incoming gradient over the sum of weights.
 
     Returns:

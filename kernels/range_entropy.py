@@ -8,16 +8,19 @@ entropy (arXiv 2509.03733; the entropy is that of arXiv 2508.20489).
 t_ij = 2 x_i.c_j - |c_j|^2. That form loses digits where points and anchors lie far from the
 origin: both are taken relative to the mean anchor, in fp32, which changes no distance.
 
-Backward, with g_j = -log P_j and G_i = sum_j p_ij g_j, the gradient of a score is w_i e_ij with
-e_ij = p_ij (g_j - G_i), which sums to 0 over the anchors, hence
+Backward, with g_j = -log P_j - H and G_i = sum_j p_ij g_j, the gradient of a score is w_i e_ij
+with e_ij = p_ij (g_j - G_i), which sums to 0 over the anchors, hence
 
     dx_i = 2 alpha w_i sum_j e_ij c_j            dalpha = sum_ij w_i e_ij t_ij
-    dc_j = 2 alpha sum_i w_i e_ij (x_i - c_j)    dw_i   = G_i - H
+    dc_j = 2 alpha sum_i w_i e_ij (x_i - c_j)    dw_i   = G_i
 
-each times the incoming gradient over the sum of weights. Nothing of size n x k is stored. Up to
-one tile of anchors, a program takes a run of points through all anchors, forward once and backward
-once; beyond, log-sum-exp and G_i come from passes of their own. Sums over points are kept for each
-program and added afterwards, without atomics: results are the same in every run.
+each times the incoming gradient over the sum of weights. For the same reason t_ij may be taken
+less any number of the point: lse_i / alpha keeps what is added up small.
+
+Nothing of size n x k is stored. Up to one tile of anchors, a program takes a run of points through
+all anchors, forward once and backward once; beyond, log-sum-exp and G_i come from passes of their
+own. Sums over points are kept for each program and added afterwards, without atomics: results are
+the same in every run.
 
 Products take fp32 operands: centred points do not fit half precision, nor do weights of any size.
 For fp16 and bf16 points scores are three TF32 products on the tensor cores ("tf32x3"), which lose
@@ -275,6 +278,7 @@ def _anchor_kernel(
     anchor = load_part(anchors, columns, k, tl.arange(0, BLOCK_D), DIM, DIM, 1)
     g = tl.load(surprise + batch.to(tl.int64) * k + columns, mask=columns < k, other=0.0)
     factor = tl.load(alpha + batch) * LOG2_E
+    inverse_factor = tl.where(factor != 0.0, 1.0 / factor, 0.0)
     out_scale = tl.load(scale + batch)
     product = tl.zeros([BLOCK_N, BLOCK_OUT], tl.float32)
     flow = tl.zeros([BLOCK_N], tl.float32)
@@ -310,6 +314,7 @@ def _anchor_kernel(
             x = _centred(points, point_strides, centre, rows, out_dims, n, DIM)  # (M, OUT)
             # 0 times what a masked point holds may be NaN.
             x = tl.where((weight > 0.0)[:, None], x, 0.0)
+            closeness = closeness - lse[:, None] * inverse_factor
             closeness = tl.where((weight > 0.0)[:, None], closeness, 0.0)
             product = tl.dot(tl.trans(e), x, product, input_precision=GRAD_PRECISION)
             flow += tl.sum(e, 0)
@@ -450,7 +455,7 @@ def range_gradients(
     """Gradients of the entropy of the sums that `range_mass` returned, and of what it saved.
 
     Args:
-        surprise: (B0, B1, k) fp32, -log P_j, 0 where P_j is 0.
+        surprise: (B0, B1, k) fp32, -log P_j - H, 0 where P_j is 0.
         scale: (B0, B1) fp32, the incoming gradient over the sum of weights.
 
     Returns:

@@ -4,7 +4,7 @@ Each picks the Triton launcher or the PyTorch reference by name and has a fake f
 Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Arguments are
 valid when they arrive here: `entropy_attn.partition` checks them.
 
-With W the sum of weights and G_i = -sum_j p_ij log P_j, the gradient of a weight is (G_i - H) / W.
+With W the sum of weights and G_i = sum_j p_ij (-log P_j - H), the gradient of a weight is G_i / W.
 A set without weight has masses, entropy and gradients 0.
 """
 
@@ -52,11 +52,9 @@ def _mass_and_entropy(
     return mass, reference.entropy_of_masses(mass)
 
 
-def _weight_grad(expected: Tensor, entropy: Tensor, scale: Tensor, needed: bool) -> Tensor:
+def _weight_grad(expected: Tensor, scale: Tensor, needed: bool) -> Tensor:
     """(B0, B1, n) or empty; ``scale`` is the incoming gradient over the sum of weights."""
-    if not needed:
-        return expected.new_empty(0)
-    return (expected - entropy[..., None]) * scale[..., None]
+    return expected * scale[..., None] if needed else expected.new_empty(0)
 
 
 @torch.library.custom_op("entropy_attn::range_forward", mutates_args=())
@@ -104,10 +102,10 @@ def range_backward(
     """Gradients of points, anchors, alpha and weights; empty where they are not needed."""
     scale = _per_weight(grad, weights, points)
     dx, danchors, dalpha, expected = _range(backend).range_gradients(
-        points, anchors, alpha, weights, lse, reference.surprise(mass), scale,
+        points, anchors, alpha, weights, lse, reference.surprise(mass, entropy), scale,
         need_points, need_anchors,
     )  # fmt: skip
-    return dx, danchors, dalpha, _weight_grad(expected, entropy, scale, need_weights)
+    return dx, danchors, dalpha, _weight_grad(expected, scale, need_weights)
 
 
 @range_backward.register_fake
@@ -183,10 +181,10 @@ def halfspace_backward(
     """Gradients of points, normals, offsets, tau and weights; empty where not needed."""
     scale = _per_weight(grad, weights, points)
     dx, dnormals, doffsets, dtau, expected = _halfspace(backend).halfspace_gradients(
-        points, normals, offsets, tau, weights, reference.surprise(mass), scale,
+        points, normals, offsets, tau, weights, reference.surprise(mass, entropy), scale,
         need_points, need_planes,
     )  # fmt: skip
-    return dx, dnormals, doffsets, dtau, _weight_grad(expected, entropy, scale, need_weights)
+    return dx, dnormals, doffsets, dtau, _weight_grad(expected, scale, need_weights)
 
 
 @halfspace_backward.register_fake

@@ -6,8 +6,8 @@ formulas stand at the top of `kernels/range_entropy.py` and `kernels/halfspace_e
 
 Shapes: points (B0, B1, n, d); cells of balls come from anchors (B0, B1, k, d) and alpha (B0, B1),
 cells of halfspaces from normals (B0, B1, T, d), offsets (B0, B1, T) and tau (B0, B1); weights
-(B0, B1, n) or None. Gradients take surprise (B0, B1, cells), -log P or 0 where P is 0, and scale
-(B0, B1), the incoming gradient over the sum of weights.
+(B0, B1, n) or None. Gradients take surprise (B0, B1, cells) and scale (B0, B1), the incoming
+gradient over the sum of weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ def entropy_of_masses(mass: Tensor) -> Tensor:
     return 0.0 - torch.special.xlogy(mass, mass).sum(-1).clamp(max=0)
 
 
-def surprise(mass: Tensor) -> Tensor:
-    """-log P, and 0 where P is 0."""
-    return -torch.where(mass > 0, mass, 1.0).log()
+def surprise(mass: Tensor, entropy: Tensor) -> Tensor:
+    """-log P - H, how much rarer a cell is than the mean one; 0 where P is 0.
+
+    Less H, which leaves every gradient as it is, since what is small needs no digits for H.
+    """
+    entropy = entropy[..., None]
+    return torch.where(mass > 0, -torch.where(mass > 0, mass, 1.0).log() - entropy, 0.0)
 
 
 def row_chunks(points: Tensor, cells: int) -> Iterator[slice]:
@@ -101,6 +105,7 @@ def range_gradients(
     balls = _Balls(anchors)
     k, g = anchors.shape[-2], surprise[..., None, :]
     out_scale = (2 * alpha * scale)[..., None, None]
+    typical = torch.where(alpha != 0, 1 / alpha, 0.0)[..., None] * lse
     point_grad = points.new_empty(points.shape if need_points else (0,))
     product = torch.zeros_like(anchors, memory_format=torch.contiguous_format)
     flow, slope = surprise.new_zeros(surprise.shape), alpha.new_zeros(alpha.shape)
@@ -118,6 +123,8 @@ def range_gradients(
         if need_anchors:
             product += e.transpose(-1, -2) @ _unmasked(x, weights, rows)
             flow += e.sum(-2)
+            # e sums to 0 over the anchors: less a number for each point, nothing large cancels.
+            closeness = closeness - typical[..., rows, None]
             slope += (e * _unmasked(closeness, weights, rows)).sum((-1, -2))
     if not need_anchors:
         return point_grad, lse.new_empty(0), lse.new_empty(0), expected
