@@ -213,6 +213,8 @@ def _quality_at_a_quarter(store: Store) -> str:
     def table(records: list[Record]) -> str:
         mine = [r for r in records if r.config["text"] == PARTS["held-out"]]
         near = [r for r in mine if r.config["family"] == "dense" or _near_a_quarter(r)]
+        if not near:  # a run that was cut short
+            return EMPTY
         return _quality_of_text(sorted(near, key=lambda r: r.result["change"]))
 
     return _per_machine(store, "quality", table)

@@ -45,7 +45,7 @@ class SparsityConfig:
         local: the diagonal block and ``local - 1`` beside it are always kept; 0 for none.
         min_length: calls with fewer keys run dense. "auto": calls that sparse attention would not
             make faster, by what was measured on this GPU or the nearest one (the crossover table
-            of the README); 4096 on other devices.
+            of docs/benchmarks.md); 4096 on other devices.
         expected_density: the share of the visible blocks that TopP and Perplexity are expected to
             keep, in (0, 1]; blocks that are always kept come on top. min_length="auto" counts on
             it: the real density is known only on the device. TopK states its share. The defaults

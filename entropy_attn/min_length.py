@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from entropy_attn.backend.crossover import Crossover, find_crossover
+from entropy_attn.backend.crossover import Crossover, find_crossover, smallest_block
 from entropy_attn.config import SparsityConfig
 from entropy_attn.selection import TopK
 from entropy_attn.validation import check_block_size
@@ -35,7 +35,7 @@ def too_short(
         least = config.min_length
         return f"fewer than min_length={least} keys" if kv_len < least else None
     batch, heads, q_len, head_dim = query.shape
-    found = find(config, query.device, head_dim, is_causal)
+    found = find(config, query.device, query.dtype, head_dim, is_causal)
     if found is None:
         short = f"fewer than {UNMEASURED_LENGTH} keys (min_length='auto', not measured on "
         return f"{short}{query.device.type})" if kv_len < UNMEASURED_LENGTH else None
@@ -47,12 +47,24 @@ def too_short(
 
 @torch.compiler.assume_constant_result
 def find(
-    config: SparsityConfig, device: torch.device, head_dim: int, is_causal: bool
+    config: SparsityConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    is_causal: bool,
 ) -> Crossover | None:
     """From where on sparse attention pays with these settings; None where nothing was measured."""
     share, blocks = expected_blocks(config, is_causal)
-    keys = blocks * check_block_size(config.block_size)[1]
-    return find_crossover(device, head_dim, is_causal, share, keys)
+    block_size = check_block_size(config.block_size)
+    found = find_crossover(device, head_dim, is_causal, share, blocks * block_size[1])
+    if found is None:
+        return None
+    # Both are slower than what was measured, by an amount that was not.
+    if dtype == torch.float32 or min(block_size) < smallest_block():
+        unmeasured = "fp32" if dtype == torch.float32 else f"blocks of {min(block_size)}"
+        reason = f"sparse attention was not measured in {unmeasured}: give min_length a number"
+        return Crossover(None, found.rows, reason)
+    return found
 
 
 def expected_blocks(config: SparsityConfig, is_causal: bool) -> tuple[float, float]:

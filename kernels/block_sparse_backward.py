@@ -50,7 +50,7 @@ from entropy_attn.kernels.primitives import (
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, statistics_ptr,
-    out_strides, grad_out_strides, grad_lse_strides, heads, q_len, q_tiles,
+    out_strides, grad_out_strides, heads, q_len, q_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -70,14 +70,11 @@ def _statistics_kernel(
     out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
     grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        grad_lse_base = head_base(
-            grad_lse_ptr, batch, head, grad_lse_strides[0], grad_lse_strides[1]
-        )
-        grad_lse_pointers = grad_lse_base + rows.to(tl.int64) * grad_lse_strides[2]
-        delta -= tl.load(grad_lse_pointers, mask=rows < q_len, other=0.0)
     batch_head = (batch * heads + head).to(tl.int64)
-    lse = tl.load(lse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=float("-inf"))
+    lines = batch_head * q_len + rows
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + lines, mask=rows < q_len, other=0.0)
+    lse = tl.load(lse_ptr + lines, mask=rows < q_len, other=float("-inf"))
     empty = lse == float("-inf")
     target = statistics_ptr + batch_head * 2 * q_tiles * BLOCK_M + rows
     tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
@@ -492,11 +489,11 @@ def block_sparse_backward(
             row_descriptor(statistics, config.key_block_m),
         )
         key_side = tuple(tile_descriptor(t, config.query_block_n) for t in key_side)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     with device_of(query):
         statistics_tiles = padded_len // statistics_rows
         _statistics_kernel[(statistics_tiles * batch * heads,)](
             out, grad_out, lse, grad_lse, statistics, out.stride(), grad_out.stride(),
-            (0, 0, 0) if grad_lse is None else grad_lse.stride(),
             heads, q_len, statistics_tiles,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=statistics_rows,
             HAS_GRAD_LSE=grad_lse is not None,

@@ -72,6 +72,8 @@ LARGE += [
          density=1.0),
     Case(head_dim=64, block_size=(64, 64), q_len=500, kv_len=500, is_causal=True,
          dtype=torch.bfloat16, odd_strides=True),
+    Case(head_dim=128, block_size=(128, 128), q_len=500, kv_len=500, dtype=torch.bfloat16,
+         odd_strides=True),
 ]  # fmt: skip
 
 on_gpu = pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def gpu_cases(draw) -> Case:
     """
     return Case(
         head_dim=48,
-        block_size=(32, 64),
+        block_size=draw(st.sampled_from(((32, 64), (64, 64)))),
         q_len=draw(st.integers(1, 700)),
         kv_len=draw(st.integers(1, 700)),
         heads=4,

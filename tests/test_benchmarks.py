@@ -278,16 +278,20 @@ def test_crossover_data_replace_one_architecture_and_keep_others(tmp_path):
         times = "2020-01-01T00:00:00+00:00", "2021-01-01T00:00:00+00:00"
         for gpu, time in zip(("another of this architecture", MACHINE["gpu"]), times, strict=True):
             store.append(Record("crossover", each, result, {**MACHINE, "gpu": gpu}, time))
+    # What the last GPU has not measured stays from the one before.
+    longer, environment = {**config, "length": 1024}, {**MACHINE, "gpu": "another"}
+    store.append(Record("crossover", longer, result, environment, times[0]))
     path = tmp_path / "data" / "crossover.json"
     path.parent.mkdir()
     old = [{"arch": "sm_90", "kv_len": 1}, {"arch": "sm_100", "kv_len": 2}]
     path.write_text(json.dumps(old))
-    assert write_crossover(store, path) == 1
-    other, fresh = json.loads(path.read_text())
+    assert write_crossover(store, path) == 2
+    other, fresh, earlier = json.loads(path.read_text())
     assert other == old[1]
+    assert earlier["kv_len"] == 1024
     assert (fresh["arch"], fresh["kv_len"], fresh["break_even_density"]) == ("sm_90", 512, 0.1)
     assert write_crossover(Store(tmp_path / "empty"), path) == 0
-    assert json.loads(path.read_text()) == [other, fresh]
+    assert json.loads(path.read_text()) == [other, fresh, earlier]
 
 
 # --- report -------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_auto_never_takes_the_slower_at_a_measured_point(budget, monkeypatch):
             config = ea.SparsityConfig(
                 block_size=measured["block"], budget=budget(share), expected_density=share
             )
-            found = find(config, CPU, measured["head_dim"], is_causal)
+            found = find(config, CPU, torch.bfloat16, measured["head_dim"], is_causal)
             if not found.pays(rows, length, length):
                 continue
             ran_sparse += 1

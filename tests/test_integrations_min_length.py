@@ -20,7 +20,7 @@ PAYS = (
 
 
 def measured_on_sm90(kv_len, break_even, **changes):
-    shape = {"arch": "sm90", "head_dim": 16, "is_causal": True, "batch": 2, "heads": 4}
+    shape = {"arch": "sm90", "block": 16, "head_dim": 16, "is_causal": True, "batch": 2, "heads": 4}
     return {**shape, "kv_len": kv_len, "break_even_density": break_even, **changes}
 
 
@@ -33,6 +33,11 @@ def gpu(monkeypatch):
     crossover._find_crossover.cache_clear()
     yield
     crossover._find_crossover.cache_clear()
+
+
+def half(family):
+    """A model in bf16, as it was measured."""
+    return build(family).bfloat16()
 
 
 @torch.no_grad()
@@ -55,23 +60,32 @@ def runs(model, config, batch, length, **options) -> dict[str, int]:
     ],
 )
 def test_lengths(batch, length, sparse):
-    assert runs(build("llama"), AUTO, batch, length) == ({"sparse": 2} if sparse else {PAYS: 2})
+    assert runs(half("llama"), AUTO, batch, length) == ({"sparse": 2} if sparse else {PAYS: 2})
 
 
 @pytest.mark.parametrize("min_length", [0, 100])
 def test_a_number_wins_over_measurements(min_length):
-    model, config = build("llama"), replace(AUTO, min_length=min_length)
+    model, config = half("llama"), replace(AUTO, min_length=min_length)
     assert runs(model, config, 1, 100) == {"sparse": 2}
 
 
 def test_a_number_may_differ_by_layer():
     config = replace(AUTO, layers={0: {"min_length": 0}, 1: {"min_length": 250}})
     expected = {"sparse": 1, "fewer than min_length=250 keys": 1}
-    assert runs(build("llama"), config, 2, 200) == expected
+    assert runs(half("llama"), config, 2, 200) == expected
+
+
+def test_what_was_not_measured_runs_dense(monkeypatch):
+    reason = "sparse attention was not measured in {}: give min_length a number"
+    assert runs(build("llama"), AUTO, 2, 400) == {reason.format("fp32"): 2}
+    assert runs(build("llama"), replace(AUTO, min_length=100), 2, 400) == {"sparse": 2}
+    points = [point | {"block": 32} for point in crossover.measured()]
+    monkeypatch.setattr(crossover, "measured", lambda: points)
+    assert runs(half("llama"), AUTO, 2, 400) == {reason.format("blocks of 16"): 2}
 
 
 def test_the_budget_decides():
-    model = build("llama")
+    model = half("llama")
     dense = replace(AUTO, budget=ea.TopK(0.9))
     never = "sparse attention is not known to pay at density 1.00 "
     (reason,) = runs(model, dense, 2, 200)
@@ -87,21 +101,21 @@ def test_the_budget_decides():
 
 def test_bidirectional_layers_have_their_own_data(monkeypatch):
     short = f"fewer than {4096} keys (min_length='auto', not measured on cpu)"
-    assert runs(build("bert"), AUTO, 2, 200) == {short: 2}
+    assert runs(half("bert"), AUTO, 2, 200) == {short: 2}
     points = (measured_on_sm90(192, 0.7, is_causal=False),)
     monkeypatch.setattr(crossover, "measured", lambda: points)
     crossover._find_crossover.cache_clear()
-    assert runs(build("bert"), AUTO, 2, 200) == {"sparse": 2}
+    assert runs(half("bert"), AUTO, 2, 200) == {"sparse": 2}
 
 
 def test_a_window_bounds_what_can_be_saved():
-    model = build("mistral")  # a window of 48 tokens
+    model = half("mistral")  # a window of 48 tokens
     assert runs(model, AUTO, 2, 400) == {PAYS: 2}
 
 
 @torch.no_grad()
 def test_chunks_of_queries_count_with_their_work():
-    model, ids = build("llama"), tokens(2, 400)
+    model, ids = half("llama"), tokens(2, 400)
     with ea.apply(model, AUTO) as handle:
         past = model(ids[:, :300]).past_key_values  # enough
         past = model(ids[:, 300:310], past_key_values=past).past_key_values  # 10 x 310 pairs
@@ -112,7 +126,7 @@ def test_chunks_of_queries_count_with_their_work():
 
 @torch.no_grad()
 def test_dense_calls_are_those_of_sdpa():
-    model, mask = build("llama"), padding_mask("both", 150)
+    model, mask = half("llama"), padding_mask("both", 150)
     inputs = {"input_ids": tokens(*mask.shape), "attention_mask": mask}
     expected = dense_logits(model, **inputs)
     with ea.apply(model, AUTO) as handle:
@@ -124,7 +138,7 @@ def test_dense_calls_are_those_of_sdpa():
 @pytest.mark.parametrize("min_length", ["auto", 192])
 @torch.no_grad()
 def test_save_and_load(min_length, tmp_path):
-    model, config = build("llama"), replace(AUTO, min_length=min_length, expected_density=0.5)
+    model, config = half("llama"), replace(AUTO, min_length=min_length, expected_density=0.5)
     with ea.apply(model, config):
         model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -146,7 +160,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @torch.no_grad()
 def test_compiles_into_one_graph(dynamic):
-    model = build("llama")
+    model = half("llama")
     with ea.apply(model, AUTO) as handle:
         compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for length, reason in ((200, "sparse"), (150, PAYS)):
@@ -160,7 +174,7 @@ def test_compiles_into_one_graph(dynamic):
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_dynamic_sizes_share_a_graph_on_either_side():
-    model = build("llama")
+    model = half("llama")
     with ea.apply(model, AUTO) as handle:
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
         for sizes, reason in (

@@ -151,14 +151,17 @@ def break_even_density(sparse_ms: dict[str, float], dense_ms: float) -> float:
 def write_crossover(store: Store, path: Path) -> int:
     """Write the latest full measurements of every architecture to ``path``; returns how many.
 
-    Of several GPUs of one architecture the one that was measured last counts. Points of other
-    architectures that the file already holds stay.
+    Where several GPUs of one architecture measured the same point, the last one counts. Points of
+    other architectures that the file already holds stay.
     """
     records = [r for r in store.latest("crossover", form="full") if r.result["status"] == "ok"]
     if not records:
         return 0
-    machines = {r.environment["arch"]: r.machine for r in sorted(records, key=lambda r: r.time)}
-    fresh = [_point(r) for r in records if machines[r.environment["arch"]] == r.machine]
+    by_place = {
+        (r.environment["arch"], json.dumps(r.config, sort_keys=True)): _point(r)
+        for r in sorted(records, key=lambda r: r.time)
+    }
+    fresh = list(by_place.values())
     measured = {point["arch"] for point in fresh}
     kept = []
     if path.exists():

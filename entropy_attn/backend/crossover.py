@@ -221,6 +221,11 @@ def measured() -> tuple[dict[str, Any], ...]:
     return tuple(p | {"arch": p["arch"].replace("_", "")} for p in json.loads(text))
 
 
+def smallest_block() -> int:
+    """Tokens of the smallest blocks that were measured."""
+    return min(point["block"] for point in measured())
+
+
 def architecture(device: torch.device) -> str:
     """As `entropy_attn.kernels.launch.architecture`, which needs the kernels: "sm90", "gfx942"."""
     if device.type != "cuda":

@@ -42,7 +42,7 @@ __all__ = [
     "select_blocks",
 ]
 
-# The best that was measured without training (README, docs/benchmarks.md).
+# The best for its cost of what was measured without training (docs/benchmarks.md).
 DEFAULT_SCORER = Envelope(8)
 DEFAULT_BUDGET = TopP(0.945)
 # Masses and their workspace take no more than the query does, or this many bytes.
