@@ -225,9 +225,9 @@ def _key_value_kernel(
                 statistics_source, key_base, terms, query_strides[2], query_strides[3],
                 grad_out_strides[2], grad_out_strides[3], key_strides[2], key_strides[3],
                 term_stride.to(tl.int64), list_pointer, first, clear, count, statistics_row,
-                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D,
-                BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT, True,
-                ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
+                BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
+                True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if not HAS_WINDOW:
             grad_key, grad_value = _visit_queries(
@@ -235,9 +235,9 @@ def _key_value_kernel(
                 statistics_source, key_base, terms, query_strides[2], query_strides[3],
                 grad_out_strides[2], grad_out_strides[3], key_strides[2], key_strides[3],
                 term_stride.to(tl.int64), list_pointer, clear, last, count, statistics_row,
-                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D,
-                BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT, False,
-                ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
+                BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
+                False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
     # Padding keys were treated like the others up to here; their gradient is 0.
