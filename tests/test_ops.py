@@ -110,6 +110,21 @@ def test_reference_gradients_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_sees_no_key_passes_no_gradient_on(backend: str, device: str) -> None:
+    """The loss has infinite gradients there; none of them may leave."""
+    leaves = Case(head_dim=16, is_causal=True, density=None).build(device).leaves()
+    lens = [torch.tensor(n, dtype=torch.int32, device=device) for n in ([56, 0], [20, 7])]
+    _, entropy = ea.attention_with_entropy(
+        *leaves, block_size=16, is_causal=True, kv_lens=lens[0], q_lens=lens[1], backend=backend
+    )
+    loss = entropy.row.log().sum() + entropy.block.sqrt().sum() + entropy.tile.log().sum()
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.isfinite(grad).all()
+        assert not grad[1].any()
+        assert grad[0].any() or leaf is leaves[2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_gradients_raise(backend: str, device: str) -> None:
     leaves = Case(q_len=20, kv_len=24, head_dim=16).build(device).leaves()
     _, entropy = ea.attention_with_entropy(*leaves, block_size=16, backend=backend)
@@ -172,7 +187,9 @@ def test_no_wait_for_the_device() -> None:
     def step():
         out = ea.block_sparse_attention(*leaves, mask, is_causal=True)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-        ea.attention_with_entropy(*problem.inputs, block_mask=mask, is_causal=True)
+        out, entropy = ea.attention_with_entropy(*leaves, block_mask=mask, is_causal=True)
+        loss = out.sum() + entropy.row.sum() + entropy.block.sum() + entropy.tile.sum()
+        torch.autograd.grad(loss, leaves)
         chosen = ea.select_blocks(problem.query, problem.key, is_causal=True)
         ea.block_sparse_attention(*problem.inputs, chosen, is_causal=True)
 
