@@ -20,7 +20,7 @@ from torch import Tensor
 from entropy_attn import backend as backend_table
 from entropy_attn import ops
 from entropy_attn import validation as check
-from entropy_attn.entropy import AttentionEntropy, WithoutGradient
+from entropy_attn.entropy import AttentionEntropy
 from entropy_attn.masks import BlockMask
 
 # Without a mask the kernels still walk over keys in blocks; this is their size.
@@ -160,9 +160,10 @@ def block_sparse_attention(
         return dense_attention(
             choice.backend, args.query, key, value, is_causal=args.is_causal, scale=args.scale
         )
-    out, lse, _, _ = ops.attention_forward(
-        args.query, key, value, *args.lists, *args.geometry, False, False, choice.backend
-    )
+    out, lse, *_ = ops.attention_forward(
+        args.query, key, value, *args.lists, *args.geometry,
+        False, False, False, False, choice.backend,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -184,8 +185,8 @@ def attention_with_entropy(
     """Attention and its entropies, without ever storing the scores.
 
     Row and block entropy come from the same pass as the output, each with one more running sum
-    beside the softmax's; tile entropy takes a second pass over the scores. The output is
-    differentiable, the entropies are not yet.
+    beside the softmax's; tile entropy takes a second pass over the scores. Output and entropies
+    are differentiable, once: gradients of gradients raise.
 
     Args:
         block_mask: as in `block_sparse_attention`; None for dense attention.
@@ -202,23 +203,13 @@ def attention_with_entropy(
         query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window, block_size
     )
     choice = args.choose(backend, wants_statistics=True)
-    out, lse, row, block = ops.attention_forward(
+    wants_gradient = torch.is_grad_enabled() and (args.query.requires_grad or key.requires_grad)
+    out, _, row, block, tile, _ = ops.attention_forward(
         args.query, key, value, *args.lists, *args.geometry,
-        "row" in kinds, "block" in kinds, choice.backend,
+        "row" in kinds, "block" in kinds, "tile" in kinds, wants_gradient, choice.backend,
     )  # fmt: skip
-    tile = None
-    if "tile" in kinds:
-        _, tile = ops.tile_mass(
-            args.query.detach(), key.detach(), lse.detach(), *args.lists, *args.geometry,
-            False, choice.backend,
-        )  # fmt: skip
     found = {"row": row, "block": block, "tile": tile}
     entropies = {kind: found[kind] if kind in kinds else None for kind in check.ENTROPY_KINDS}
-    if out.requires_grad:
-        entropies = {
-            kind: None if entropy is None else WithoutGradient.apply(entropy, out)
-            for kind, entropy in entropies.items()
-        }
     return out, AttentionEntropy(**entropies, block_size=args.block_size)
 
 

@@ -78,6 +78,14 @@ def column_lists(
         key block ``c`` is visited by the query blocks ``rows[..., offsets[c]:offsets[c + 1]]``,
         ascending. Rows past ``offsets[Mk]`` are arbitrary within [0, Mq).
     """
+    offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
+    return offsets, column_rows(order, kv_indices)
+
+
+def column_order(
+    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int
+) -> tuple[Tensor, Tensor]:
+    """`column_lists` with the entry ``m · W + slot`` (int64) in the place of each row ``m``."""
     batch, heads, num_rows, width = kv_indices.shape
     segments, stride, entries = batch * heads, num_columns + 1, num_rows * width
     device = kv_indices.device
@@ -95,8 +103,12 @@ def column_lists(
     fits = keys.numel() <= torch.iinfo(torch.int32).max
     offsets = torch.searchsorted(keys, boundaries, out_int32=fits).view(batch, heads, stride)
     offsets = offsets - offsets[..., :1]
-    rows = order.div(max(width, 1), rounding_mode="floor").remainder(max(num_rows, 1))
-    return offsets, rows.to(torch.int32).view(batch, heads, entries)
+    return offsets, order.remainder(max(entries, 1)).view(batch, heads, entries)
+
+
+def column_rows(order: Tensor, kv_indices: Tensor) -> Tensor:
+    """The rows (int32) of the entries that `column_order` returns."""
+    return order.div(max(kv_indices.shape[3], 1), rounding_mode="floor").to(torch.int32)
 
 
 def _smallest_integer(limit: int) -> torch.dtype:

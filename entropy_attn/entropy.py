@@ -4,23 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-
-class WithoutGradient(torch.autograd.Function):
-    """Passes an entropy on; a loss that uses it gets an error instead of no gradient."""
-
-    @staticmethod
-    def forward(ctx, entropy: Tensor, source: Tensor) -> Tensor:
-        return entropy.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise NotImplementedError(
-            "the gradient of an attention entropy is not available yet: detach it, or keep it out "
-            "of the loss"
-        )
 
 
 @dataclass(frozen=True, eq=False)

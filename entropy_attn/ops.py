@@ -36,42 +36,69 @@ def attention_forward(
     scale: float,
     row_entropy: bool,
     block_entropy: bool,
+    tile_entropy: bool,
+    keep_mass: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, row entropy, block entropy; an entropy that is not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, row, block and tile entropy, mass; what is not asked for is empty.
+
+    mass (B, Hq, Mq, W or Mk) is what the kernels' gradient of the tile entropy reads. It takes
+    memory, so keep_mass asks for it; without it the tile entropy is not differentiable.
+    """
     lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
+    mass = tile = query.new_empty(0, dtype=statistics_dtype(query.dtype))
     if backend == "reference":
         problem = reference.Problem(*lists, *geometry)
-        return reference.attention_forward(query, key, value, problem, row_entropy, block_entropy)
+        rows = reference.attention_forward(query, key, value, problem, row_entropy, block_entropy)
+        if tile_entropy:
+            tile = reference.tile_entropy(query, key, problem)
+        return *rows, tile, mass.clone()
     from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 
-    return block_sparse_forward(query, key, value, *lists, *geometry, row_entropy, block_entropy)
+    rows = block_sparse_forward(query, key, value, *lists, *geometry, row_entropy, block_entropy)
+    if tile_entropy:
+        from entropy_attn.kernels.tile_mass import tile_mass
+
+        mass, tile = tile_mass(query, key, rows[1], *lists, *geometry, keep_mass, by_slot=True)
+        return *rows, tile, mass
+    return *rows, tile, mass.clone()
 
 
 @attention_forward.register_fake
 def _(
     query, key, value, kv_num_blocks, kv_indices, kv_lens, q_lens, block_q, block_k, is_causal,
-    window, scale, row_entropy, block_entropy, backend,
+    window, scale, row_entropy, block_entropy, tile_entropy, keep_mass, backend,
 ):  # fmt: skip
     dtype = statistics_dtype(query.dtype)
     rows = query.shape[:3]
+    tiles = (*query.shape[:2], -(-query.shape[2] // block_q))
+    width = -(-key.shape[2] // block_k) if kv_indices is None else kv_indices.shape[3]
+    has_mass = tile_entropy and keep_mass and backend != "reference"
     out = query.new_empty(query.shape)
     lse = query.new_empty(rows, dtype=dtype)
     row = query.new_empty(rows if row_entropy else (0,), dtype=dtype)
     block = query.new_empty(rows if block_entropy else (0,), dtype=dtype)
-    return out, lse, row, block
+    tile = query.new_empty(tiles if tile_entropy else (0,), dtype=dtype)
+    mass = query.new_empty((*tiles, width) if has_mass else (0,), dtype=dtype)
+    return out, lse, row, block, tile, mass
 
 
 @torch.library.custom_op("entropy_attn::attention_backward", mutates_args=())
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    grad_row: Tensor | None,
+    grad_block: Tensor | None,
+    grad_tile: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    row: Tensor | None,
+    block: Tensor | None,
+    mass: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_lens: Tensor | None,
@@ -83,51 +110,78 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous."""
-    tensors = (grad_out, grad_lse, query, key, value, out, lse)
+    """Gradients of query, key and value, contiguous.
+
+    row, block and mass are what the forward returned; each is read with its gradient only.
+    """
     lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
     if backend == "reference":
-        return reference.attention_backward(*tensors, reference.Problem(*lists, *geometry))
+        grads = (grad_out, grad_lse, grad_row, grad_block, grad_tile)
+        problem = reference.Problem(*lists, *geometry)
+        return reference.attention_backward(*grads, query, key, value, out, lse, problem)
+    from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
 
+    terms = cross = None
+    if grad_tile is not None:
+        from entropy_attn.kernels.tile_mass import tile_gradient
+
+        terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry)
+        terms = (terms, terms)
     columns = None
     if kv_indices is not None:
-        from entropy_attn.masks import column_lists
+        from entropy_attn.block_lists import column_order, column_rows
 
         num_columns = math.ceil(key.shape[2] / block_k)
-        columns = column_lists(kv_num_blocks, kv_indices, num_columns)
-    return block_sparse_backward(*tensors, *lists, columns, *geometry)
+        offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
+        columns = offsets, column_rows(order, kv_indices)
+        if terms is not None:
+            by_row = terms[0].flatten(2)
+            terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
+    statistics = row_statistics(
+        out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
+    )
+    return block_sparse_backward(
+        grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
+        row_entropy=grad_row is not None, block_entropy=grad_block is not None,
+    )  # fmt: skip
 
 
 @attention_backward.register_fake
 def _(
-    grad_out, grad_lse, query, key, value, out, lse, kv_num_blocks, kv_indices, kv_lens, q_lens,
-    block_q, block_k, is_causal, window, scale, backend,
+    grad_out, grad_lse, grad_row, grad_block, grad_tile, query, key, value, out, lse, row, block,
+    mass, kv_num_blocks, kv_indices, kv_lens, q_lens, block_q, block_k, is_causal, window, scale,
+    backend,
 ):  # fmt: skip
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, kv_num_blocks, kv_indices, kv_lens, q_lens = inputs[:7]
-    out, lse, row, block = output
+    query, key, value, *lists = inputs[:7]
+    out, lse, row, block, tile, mass = output
+    row_entropy, block_entropy, tile_entropy, keep_mass = inputs[12:16]
+    kept = (row_entropy, block_entropy, tile_entropy and keep_mass, False)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row, block)
-    ctx.save_for_backward(query, key, value, out, lse, kv_num_blocks, kv_indices, kv_lens, q_lens)
+    ctx.mark_non_differentiable(
+        *[t for t, keep in zip((row, block, tile, mass), kept, strict=True) if not keep]
+    )
+    ctx.save_for_backward(query, key, value, out, lse, row, block, mass, *lists)
     ctx.geometry = inputs[7:12]
-    ctx.backend = inputs[14]
+    ctx.backend = inputs[16]
 
 
-def _backward(ctx, grad_out, grad_lse, *_):
-    query, key, value, out, lse, *lists = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
+def _backward(ctx, grad_out, *grads):
+    query, key, value, out, *saved = ctx.saved_tensors
+    found: tuple[Tensor | None, ...] = (None, None, None)
+    grads = grads[:4]  # of lse and of row, block and tile entropy
+    if grad_out is not None or any(grad is not None for grad in grads):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = attention_backward(
-            grad_out, grad_lse, query, key, value, out, lse, *lists, *ctx.geometry, ctx.backend
+        found = attention_backward(
+            grad_out, *grads, query, key, value, out, *saved, *ctx.geometry, ctx.backend
         )
-    return (*grads, *[None] * 12)
+    return (*found, *[None] * 14)
 
 
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)

@@ -3,10 +3,11 @@
 With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
     dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P^T dO.
 (FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta: d lse_i / d S_ij = P_ij.)
-Three kernels: the statistics of each row (lse and delta); dK and dV by one program a block of keys,
-which walks over the queries that list it (the transposed lists, CSR) in all query heads of its
-group; dQ by one program a block of queries. P is computed twice, and in return nothing is
-accumulated through memory.
+Gradients of the entropies add terms to delta and, in the brackets, - gR_i S_ij - gB_i log P_i,B(j)
++ g_A,B(j): see `kernels/backward_statistics.py`, which leaves lse, delta and gR, gB of each row.
+Two kernels: dK and dV by one program a block of keys, which walks over the queries that list it
+(the transposed lists, CSR) in all query heads of its group; dQ by one program a block of queries.
+P is computed twice, and in return nothing is accumulated through memory.
 """
 
 from __future__ import annotations
@@ -38,61 +39,34 @@ from entropy_attn.kernels.primitives import (
     head_base,
     load_box,
     load_tile,
+    log_mass_of_block,
+    log_mass_of_columns,
     program_tile,
     store_tile,
     tile_blocks,
     tile_offsets,
     valid_length,
+    visible_columns,
     visible_scores,
 )
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _statistics_kernel(
-    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, statistics_ptr,
-    out_strides, grad_out_strides, heads, q_len, q_tiles,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
-):  # fmt: skip
-    """lse in base 2 and delta of every row, padded to whole tiles: (B, Hq, 2, q_tiles * BLOCK_M).
-
-    Rows that see no key, and those past the last one, get +inf and 0: their P is 0, so that the
-    other kernels need no masks for them.
-    """
-    batch, head, tile = program_tile(q_tiles, heads, False)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-    out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
-    out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
-    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
-    grad_pointers = grad_base + tile_offsets(
-        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
-    )
-    out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    batch_head = (batch * heads + head).to(tl.int64)
-    lines = batch_head * q_len + rows
-    if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + lines, mask=rows < q_len, other=0.0)
-    lse = tl.load(lse_ptr + lines, mask=rows < q_len, other=float("-inf"))
-    empty = lse == float("-inf")
-    target = statistics_ptr + batch_head * 2 * q_tiles * BLOCK_M + rows
-    tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
-    tl.store(target + q_tiles * BLOCK_M, tl.where(empty, 0.0, delta))
 
 
 @triton.jit
 def _visit_queries(
     grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base, statistics_source,
-    stride_qn, stride_qd, stride_gn, stride_gd,
-    list_pointer, first, last, count, statistics_row, q_len, padded_len, diagonal, window,
-    scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr, MASK_ROWS: tl.constexpr, MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    key_base, terms, stride_qn, stride_qd, stride_gn, stride_gd, stride_kn, stride_kd, term_stride,
+    list_pointer, first, last, count, statistics_row, q_len, kv_end, kv_len, padded_len, diagonal,
+    window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr, MASK_ROWS: tl.constexpr,
+    MAY_CUT: tl.constexpr, MASKED: tl.constexpr, ROW_ENTROPY: tl.constexpr,
+    BLOCK_ENTROPY: tl.constexpr, TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the query blocks in slots [first, last) of a column's list to dK and dV.
 
+    ``terms`` points to g_AB of the block of keys and of the query block in slot 0.
     DESCRIPTORS: ``query_base``, ``grad_base`` and ``statistics_source`` are descriptors of the
     whole tensors; else they point to the head's rows, the last one to all statistics.
     """
@@ -116,11 +90,9 @@ def _visit_queries(
             query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
             lse = tl.load(lse_base + rows)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
+        raw_scores = scores
         if MASKED:
-            visible = keys[:, None] <= rows[None, :] + diagonal
-            if HAS_WINDOW:
-                visible = visible & (rows[None, :] + diagonal - keys[:, None] < window)
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = visible_columns(scores, rows, keys, diagonal, window, HAS_WINDOW)
         p = tl.exp2(scores * scale_log2 - lse[None, :])  # (N, M)
         if DESCRIPTORS:
             grad = load_box(grad_base, batch, head, start, BLOCK_M, BLOCK_D)  # (M, D)
@@ -129,26 +101,53 @@ def _visit_queries(
             grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
             grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
             delta = tl.load(delta_base + rows)
+        if BLOCK_ENTROPY:
+            if DESCRIPTORS:
+                grad_block = statistics_source.load([statistics_row + 2 + ROW_ENTROPY, start])
+                grad_block = tl.reshape(grad_block, (BLOCK_M,))
+            else:
+                grad_block = tl.load(lse_base + (2 + ROW_ENTROPY) * padded_len + rows)
+            delta += grad_block * log_mass_of_columns(
+                p, query, lse, rows, keys, key_base, stride_kn, stride_kd, kv_end, kv_len,
+                diagonal, window, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, HAS_WINDOW,
+                MAY_CUT, MASKED, PRECISION,
+            )  # fmt: skip
+        if TILE_ENTROPY:
+            delta -= tl.load(terms + step // STEPS * term_stride)
         # dP is issued before dV, so that dS is computed while the product for dV runs.
-        grad_p = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # (N, M)
+        if ROW_ENTROPY:
+            # The scores die in what dP is added to: no further tile is held in registers.
+            if DESCRIPTORS:
+                grad_row = statistics_source.load([statistics_row + 2, start])
+                grad_row = tl.reshape(grad_row, (BLOCK_M,))
+            else:
+                grad_row = tl.load(lse_base + 2 * padded_len + rows)
+            grad_p = -delta[None, :] - grad_row[None, :] * raw_scores
+            grad_p = tl.dot(value, tl.trans(grad), grad_p, input_precision=PRECISION)  # (N, M)
+        else:
+            grad_p = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # (N, M)
         grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
-        grad_scores = p * (grad_p - delta[None, :])
+        if ROW_ENTROPY:
+            grad_scores = p * grad_p
+        else:
+            grad_scores = p * (grad_p - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _key_value_kernel(
-    query_source, key_ptr, value_ptr, grad_source, statistics_source, grad_key_ptr, grad_value_ptr,
-    offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
+    query_source, key_ptr, value_ptr, grad_source, statistics_source, terms_ptr,
+    grad_key_ptr, grad_value_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale,
+    heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale, terms_a_head, term_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    MASK_ROWS: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tile = program % kv_tiles
@@ -167,6 +166,10 @@ def _key_value_kernel(
     value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, True)  # (N, D)
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    last_key = tile * BLOCK_N + BLOCK_N - 1
+    if BLOCK_ENTROPY:
+        last_key = tile * BLOCK_N // BLOCK_K * BLOCK_K + BLOCK_K - 1  # masses are of whole blocks
 
     for member in range(GROUP):
         head = kv_head * GROUP + member
@@ -191,16 +194,23 @@ def _key_value_kernel(
             # whose first query stands at or after the last key see all of it.
             first = tl.maximum(tile * BLOCK_N - diagonal, 0) // BLOCK_Q
             first = tl.minimum(last, count_below(list_pointer, count, first, LISTED))
-            clear = tl.cdiv(tl.maximum(tile * BLOCK_N + BLOCK_N - 1 - diagonal, 0), BLOCK_Q)
+            clear = tl.cdiv(tl.maximum(last_key - diagonal, 0), BLOCK_Q)
             clear = tl.minimum(last, count_below(list_pointer, count, clear, LISTED))
         if HAS_WINDOW:
-            reach = tl.maximum(tile * BLOCK_N + BLOCK_N - 1 + window - diagonal, 0)
+            reach = tl.maximum(last_key + window - diagonal, 0)
             reach = tl.cdiv(reach, BLOCK_Q)
             last = tl.minimum(last, count_below(list_pointer, count, reach, LISTED))
             clear = last
         clear = tl.maximum(clear, first)
 
-        statistics_row = (batch * heads + head) * 2
+        terms = terms_ptr
+        if TILE_ENTROPY:
+            terms += (batch * heads + head).to(tl.int64) * terms_a_head
+            if LISTED:
+                terms += begin  # they lie in the order of the columns' lists
+            else:
+                terms += tile * BLOCK_N // BLOCK_K
+        statistics_row = (batch * heads + head) * (2 + ROW_ENTROPY + BLOCK_ENTROPY)
         if DESCRIPTORS:
             query_base = query_source
             grad_base = grad_source
@@ -212,18 +222,22 @@ def _key_value_kernel(
         if IS_CAUSAL:
             grad_key, grad_value = _visit_queries(
                 grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base,
-                statistics_source, query_strides[2], query_strides[3], grad_out_strides[2],
-                grad_out_strides[3], list_pointer, first, clear, count, statistics_row, q_len,
-                padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M,
-                HAS_WINDOW, LISTED, MASK_ROWS, True, DESCRIPTORS, PRECISION,
+                statistics_source, key_base, terms, query_strides[2], query_strides[3],
+                grad_out_strides[2], grad_out_strides[3], key_strides[2], key_strides[3],
+                term_stride.to(tl.int64), list_pointer, first, clear, count, statistics_row,
+                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
+                BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
+                True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if not HAS_WINDOW:
             grad_key, grad_value = _visit_queries(
                 grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base,
-                statistics_source, query_strides[2], query_strides[3], grad_out_strides[2],
-                grad_out_strides[3], list_pointer, clear, last, count, statistics_row, q_len,
-                padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_M,
-                HAS_WINDOW, LISTED, MASK_ROWS, False, DESCRIPTORS, PRECISION,
+                statistics_source, key_base, terms, query_strides[2], query_strides[3],
+                grad_out_strides[2], grad_out_strides[3], key_strides[2], key_strides[3],
+                term_stride.to(tl.int64), list_pointer, clear, last, count, statistics_row,
+                q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
+                BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
+                False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
     # Padding keys were treated like the others up to here; their gradient is 0.
@@ -243,15 +257,17 @@ def _key_value_kernel(
 
 @triton.jit
 def _visit_keys(
-    grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
-    stride_kn, stride_kd, stride_vn, stride_vd,
+    grad_query, query, grad, lse, delta, grad_row, grad_block, terms, positions, batch, kv_head,
+    key_base, value_base, stride_kn, stride_kd, stride_vn, stride_vd,
     list_pointer, first, last, count, kv_end, kv_len, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the key blocks in slots [first, last) of a row's list to dQ.
 
+    ``terms`` points to g_AB of the block of queries and of the key block in slot 0.
     DESCRIPTORS: ``key_base`` and ``value_base`` are descriptors of the whole tensors.
     """
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
@@ -270,6 +286,7 @@ def _visit_keys(
             key_pointers = key_base + start.to(tl.int64) * stride_kn + key_offsets
             key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+        raw_scores = scores
         if MASKED:
             scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
         p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
@@ -278,23 +295,39 @@ def _visit_keys(
         else:
             value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
             value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
-        grad_p = tl.dot(grad, tl.trans(value), input_precision=PRECISION)  # (M, N)
-        grad_scores = p * (grad_p - delta[:, None])
+        subtract = delta
+        if BLOCK_ENTROPY:
+            block = start - (step % STEPS) * BLOCK_N
+            subtract += grad_block * log_mass_of_block(
+                p, query, lse, positions, batch, kv_head, key_base, stride_kn, stride_kd, block,
+                step, kv_end, kv_len, window, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N,
+                IS_CAUSAL, HAS_WINDOW, MASKED, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
+        if TILE_ENTROPY:
+            subtract -= tl.load(terms + step // STEPS)
+        if ROW_ENTROPY:
+            grad_p = -subtract[:, None] - grad_row[:, None] * raw_scores
+            grad_p = tl.dot(grad, tl.trans(value), grad_p, input_precision=PRECISION)  # (M, N)
+            grad_scores = p * grad_p
+        else:
+            grad_p = tl.dot(grad, tl.trans(value), input_precision=PRECISION)  # (M, N)
+            grad_scores = p * (grad_p - subtract[:, None])
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
     return grad_query
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _query_kernel(
-    query_ptr, key_source, value_source, grad_out_ptr, statistics_ptr, grad_query_ptr,
+    query_ptr, key_source, value_source, grad_out_ptr, statistics_ptr, terms_ptr, grad_query_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_query_strides,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, group, q_len, kv_len, padded_len, q_tiles, window, scale,
+    heads, group, q_len, kv_len, padded_len, q_tiles, window, scale, terms_a_head, terms_a_row,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+    ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, TILE_ENTROPY: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
@@ -318,9 +351,20 @@ def _query_kernel(
         rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
     )
     grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    statistics = statistics_ptr + (batch * heads + head).to(tl.int64) * 2 * padded_len + rows
+    batch_head = (batch * heads + head).to(tl.int64)
+    PER_HEAD: tl.constexpr = 2 + ROW_ENTROPY + BLOCK_ENTROPY
+    statistics = statistics_ptr + batch_head * PER_HEAD * padded_len + rows
     lse = tl.load(statistics)
     delta = tl.load(statistics + padded_len)
+    grad_row = delta
+    grad_block = delta
+    if ROW_ENTROPY:
+        grad_row = tl.load(statistics + 2 * padded_len)
+    if BLOCK_ENTROPY:
+        grad_block = tl.load(statistics + (2 + ROW_ENTROPY) * padded_len)
+    terms = terms_ptr
+    if TILE_ENTROPY:
+        terms += batch_head * terms_a_head + (tile * BLOCK_M // BLOCK_Q).to(tl.int64) * terms_a_row
     kv_head = head // group
     if DESCRIPTORS:
         key_base = key_source
@@ -331,19 +375,19 @@ def _query_kernel(
 
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad_query = _visit_keys(
-        grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
-        key_strides[2], key_strides[3], value_strides[2], value_strides[3],
-        list_pointer, first, full, count, kv_end, kv_len, window, scale * LOG2_E,
-        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, False, DESCRIPTORS,
-        PRECISION,
+        grad_query, query, grad, lse, delta, grad_row, grad_block, terms, positions, batch,
+        kv_head, key_base, value_base, key_strides[2], key_strides[3], value_strides[2],
+        value_strides[3], list_pointer, first, full, count, kv_end, kv_len, window,
+        scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
+        False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if IS_CAUSAL or HAS_WINDOW or MAY_CUT:
         grad_query = _visit_keys(
-            grad_query, query, grad, lse, delta, positions, batch, kv_head, key_base, value_base,
-            key_strides[2], key_strides[3], value_strides[2], value_strides[3],
-            list_pointer, full, last, count, kv_end, kv_len, window, scale * LOG2_E,
-            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, DESCRIPTORS,
-            PRECISION,
+            grad_query, query, grad, lse, delta, grad_row, grad_block, terms, positions, batch,
+            kv_head, key_base, value_base, key_strides[2], key_strides[3], value_strides[2],
+            value_strides[3], list_pointer, full, last, count, kv_end, kv_len, window,
+            scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
+            True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     grad_query_base = head_base(
         grad_query_ptr, batch, head, grad_query_strides[0], grad_query_strides[1]
@@ -420,12 +464,11 @@ def backward_config(
 
 def block_sparse_backward(
     grad_out: Tensor,
-    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
+    terms: tuple[Tensor, Tensor] | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_lens: Tensor | None,
@@ -435,11 +478,17 @@ def block_sparse_backward(
     is_causal: bool,
     window: int,
     scale: float,
+    row_entropy: bool = False,
+    block_entropy: bool = False,
     config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels.
 
     Args:
+        statistics: (B, Hq, R, padded Nq) fp32 of `kernels/backward_statistics.py`; row_entropy and
+            block_entropy say which rows it has besides lse and delta.
+        terms: g_AB of the tile entropies, contiguous fp32, in the order of the lists (B, Hq, Mq, W)
+            and in that of ``columns`` (B, Hq, Mq * W); without lists both are (B, Hq, Mq, Mk).
         columns: the transposed lists in CSR form, offsets (B|1, H|1, Mk + 1) and rows
             (B|1, H|1, Mq * W), ascending in each column; None where every block is visited.
 
@@ -461,10 +510,11 @@ def block_sparse_backward(
     )
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
-    statistics_rows = 128 if head_dim <= 128 else 64
-    padding = max(block_size[0], statistics_rows)
-    padded_len = triton.cdiv(q_len, padding) * padding
-    statistics = query.new_empty((batch, heads, 2, padded_len), dtype=torch.float32)
+    padded_len = statistics.shape[-1]
+    row_terms, column_terms = terms if terms is not None else (None, None)
+    terms_a_row = 0 if row_terms is None else row_terms.shape[-1]
+    terms_a_head = triton.cdiv(q_len, block_size[0]) * terms_a_row
+    may_cut = kv_lens is not None or kv_len % block_size[1] != 0
     shared = dict(
         HEAD_DIM=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
@@ -475,6 +525,9 @@ def block_sparse_backward(
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None,
         HAS_Q_LENS=q_lens is not None,
+        ROW_ENTROPY=row_entropy,
+        BLOCK_ENTROPY=block_entropy,
+        TILE_ENTROPY=terms is not None,
         DESCRIPTORS=config.descriptors,
         PRECISION=dot_precision(query.dtype),
     )
@@ -489,33 +542,26 @@ def block_sparse_backward(
             row_descriptor(statistics, config.key_block_m),
         )
         key_side = tuple(tile_descriptor(t, config.query_block_n) for t in key_side)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     with device_of(query):
-        statistics_tiles = padded_len // statistics_rows
-        _statistics_kernel[(statistics_tiles * batch * heads,)](
-            out, grad_out, lse, grad_lse, statistics, out.stride(), grad_out.stride(),
-            heads, q_len, statistics_tiles,
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=statistics_rows,
-            HAS_GRAD_LSE=grad_lse is not None,
-        )  # fmt: skip
         kv_tiles = triton.cdiv(kv_len, config.key_block_n)
         _key_value_kernel[(kv_tiles * batch * kv_heads,)](
-            query_side[0], key, value, *query_side[1:], grad_key, grad_value,
+            query_side[0], key, value, *query_side[1:], column_terms, grad_key, grad_value,
             offsets, rows, kv_lens, q_lens, *strides, grad_key.stride(),
             *list_strides(offsets, rows),
-            heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale,
+            heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale, terms_a_head,
+            1 if indices is not None else terms_a_row,
             BLOCK_M=config.key_block_m, BLOCK_N=config.key_block_n, GROUP=heads // kv_heads,
-            MASK_ROWS=q_len % block_size[0] != 0,
+            MASK_ROWS=q_len % block_size[0] != 0, MAY_CUT=block_entropy and may_cut,
             num_warps=config.key_warps, num_stages=config.key_stages, **shared,
         )  # fmt: skip
         q_tiles = triton.cdiv(q_len, config.query_block_m)
         _query_kernel[(q_tiles * batch * heads,)](
-            query, *key_side, grad_out, statistics, grad_query,
+            query, *key_side, grad_out, statistics, row_terms, grad_query,
             counts, indices, kv_lens, q_lens, *strides, grad_query.stride(),
             *list_strides(counts, indices),
             heads, heads // kv_heads, q_len, kv_len, padded_len, q_tiles, window, scale,
-            BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n,
-            MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+            terms_a_head, terms_a_row,
+            BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n, MAY_CUT=may_cut,
             num_warps=config.query_warps, num_stages=config.query_stages, **shared,
         )  # fmt: skip
     return grad_query, grad_key, grad_value

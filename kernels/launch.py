@@ -14,9 +14,10 @@ from torch import Tensor
 # multiples of 16, which gains nothing here: a new length must not cost seconds. Strides of lists
 # follow the lengths; they are single arguments, as the entries of a tuple are always specialised.
 LENGTHS = (
-    "q_len", "kv_len", "padded_len", "q_tiles", "kv_tiles", "window",
+    "q_len", "kv_len", "padded_len", "q_tiles", "kv_tiles", "window", "masses_a_tile",
     "count_stride_b", "count_stride_h", "count_stride_t",
     "index_stride_b", "index_stride_h", "index_stride_t",
+    "terms_a_head", "terms_a_row", "term_stride",
 )  # fmt: skip
 
 # Architectures on which tiles fetched by the copy engine were measured to be faster.

@@ -238,6 +238,15 @@ def visible_scores(
 
 
 @triton.jit
+def visible_columns(scores, rows, keys, diagonal, window, HAS_WINDOW: tl.constexpr):
+    """(N, M) scores with -inf where the key stands after the query, or before its window."""
+    visible = keys[:, None] <= rows[None, :] + diagonal
+    if HAS_WINDOW:
+        visible = visible & (rows[None, :] + diagonal - keys[:, None] < window)
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
 def online_softmax(scores, scale_log2, maximum):
     """One step of the online softmax.
 
@@ -251,6 +260,63 @@ def online_softmax(scores, scale_log2, maximum):
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     exponents = scores * scale_log2 - new_maximum[:, None]
     return exponents, new_maximum, maximum - new_maximum
+
+
+@triton.jit
+def log_mass_of_block(
+    p, query, lse, positions, batch, kv_head, key_base, stride_kn, stride_kd, block, step,
+    kv_end, kv_len, window, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(M,) log2 P_iB of the block of keys that starts at ``block``; p (M, N) is of one step.
+
+    The other steps of the block are computed again.
+    """
+    STEPS: tl.constexpr = BLOCK_K // BLOCK_N
+    mass = tl.sum(p, 1)
+    for part in range(1, STEPS):
+        start = block + (step + part) % STEPS * BLOCK_N
+        keys = start + tl.arange(0, BLOCK_N)
+        if DESCRIPTORS:
+            key = load_box(key_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+        else:
+            pointers = key_base + tile_offsets(keys, stride_kn, BLOCK_D, stride_kd)
+            key = load_tile(pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
+        if MASKED:
+            scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
+        mass += tl.sum(tl.exp2(scores * scale_log2 - lse[:, None]), 1)
+    return tl.log2(tl.maximum(mass, 1.0e-37))
+
+
+@triton.jit
+def log_mass_of_columns(
+    p, query, lse, rows, keys, key_base, stride_kn, stride_kd, kv_end, kv_len, diagonal, window,
+    scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, MAY_CUT: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(M,) log2 P_iB of the whole block that the (N,) keys belong to; p is theirs, (N, M).
+
+    What other programs have of the block is computed again.
+    """
+    if MAY_CUT:
+        p = tl.where((keys < kv_end)[:, None], p, 0.0)
+    mass = tl.sum(p, 0)
+    for part in range(1, BLOCK_K // BLOCK_N):
+        others = keys // BLOCK_K * BLOCK_K + (keys + part * BLOCK_N) % BLOCK_K
+        pointers = key_base + tile_offsets(others, stride_kn, BLOCK_D, stride_kd)
+        key = load_tile(pointers, others, kv_len, HEAD_DIM, BLOCK_D, MAY_CUT)  # (N, D)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (N, M)
+        if MASKED:
+            scores = visible_columns(scores, rows, others, diagonal, window, HAS_WINDOW)
+        p = tl.exp2(scores * scale_log2 - lse[None, :])
+        if MAY_CUT:
+            p = tl.where((others < kv_end)[:, None], p, 0.0)
+        mass += tl.sum(p, 0)
+    return tl.log2(tl.maximum(mass, 1.0e-37))
 
 
 @triton.jit

@@ -151,7 +151,11 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention call, forward, backward and tile mass."""
+    """An attention call, forward, backward and tile mass.
+
+    Attributes:
+        gradients: the entropies whose gradients the backward takes in.
+    """
 
     head_dim: int
     block: int
@@ -161,11 +165,15 @@ class Attention:
     lens: bool = False
     dense: bool = False
     backward: bool = True
+    gradients: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
         flags = ("is_causal", "entropy", "lens", "dense")
-        return ", ".join(words + [name for name in flags if getattr(self, name)])
+        words += [name for name in flags if getattr(self, name)]
+        return ", ".join(
+            words + ["gradients of " + "+".join(self.gradients)] * bool(self.gradients)
+        )
 
     def run(self) -> None:
         from entropy_attn import ops
@@ -181,16 +189,17 @@ class Attention:
             counts, indices = mask.kv_num_blocks, mask.kv_indices
         lists = (counts, indices, lens, lens)
         geometry = (self.block, self.block, self.is_causal, 0, self.head_dim**-0.5)
-        lse = torch.zeros(query.shape[:3])
-        ops.attention_forward(
-            query, key, key, *lists, *geometry, self.entropy, self.entropy, "triton"
-        )
-        if self.entropy:
-            ops.tile_mass(query, key, lse, *lists, *geometry, False, "triton")
+        *_, lse, row, block, tile, mass = ops.attention_forward(
+            query, key, key, *lists, *geometry,
+            *[self.entropy] * 3, "tile" in self.gradients, "triton",
+        )  # fmt: skip
         if self.backward:
+            grads = {"row": row, "block": block, "tile": tile}
+            grads = [grads[kind] if kind in self.gradients else None for kind in grads]
             ops.attention_backward(
-                query, None, query, key, key, query, lse, *lists, *geometry, "triton"
-            )
+                query, None, *grads, query, key, key, query, lse, row, block, mass,
+                *lists, *geometry, "triton",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -289,6 +298,22 @@ CASES = (
     Attention(64, 64, dtype=torch.float32, is_causal=True, entropy=True),
     Attention(128, 128, dtype=torch.float32, dense=True, backward=False),
     Attention(256, 64, is_causal=True),
+    Attention(128, 64, is_causal=True, entropy=True, gradients=("row",)),
+    Attention(128, 64, is_causal=True, entropy=True, gradients=("block",)),
+    Attention(128, 64, is_causal=True, entropy=True, gradients=("tile",)),
+    Attention(128, 128, entropy=True, gradients=("row", "block", "tile")),
+    Attention(64, 128, entropy=True, is_causal=True, gradients=("row", "block", "tile")),
+    Attention(
+        64,
+        64,
+        dtype=torch.float32,
+        is_causal=True,
+        lens=True,
+        entropy=True,
+        dense=True,
+        gradients=("row", "block", "tile"),
+    ),
+    Attention(256, 256, is_causal=True, entropy=True, gradients=("row", "block", "tile")),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),

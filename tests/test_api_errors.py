@@ -94,13 +94,3 @@ def test_effective_blocks_needs_tile_entropy() -> None:
     assert entropy.block is None
     with pytest.raises(ValueError, match="ask for it"):
         _ = entropy.effective_blocks
-
-
-def test_gradient_of_entropy_is_refused() -> None:
-    given = arguments()
-    del given["block_mask"]
-    given["query"].requires_grad_()
-    out, entropy = ea.attention_with_entropy(**given)
-    out.sum().backward(retain_graph=True)
-    with pytest.raises(NotImplementedError, match="entropy is not available yet"):
-        (out.sum() + entropy.row.sum()).backward()

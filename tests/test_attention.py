@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import entropy_attn as ea
 from entropy_attn.reference import dense
 from entropy_attn.testing import assert_close_to_reference
 
+KINDS = ("row", "block", "tile")
 SMALL = [
     Case(),
     Case(is_causal=True),
@@ -132,29 +136,34 @@ def term_sizes(problem: Problem, probabilities: Tensor, grad_out: Tensor) -> dic
     }
 
 
+def entropy_options(problem: Problem) -> dict[str, Any]:
+    if problem.block_mask is None:
+        return dict(problem.options, block_size=problem.case.block_size)
+    return dict(problem.options, block_mask=problem.block_mask)
+
+
+def entropy_measures(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The entropies, as functions of dense probabilities."""
+    return {
+        "row": dense.entropy,
+        "block": lambda p: dense.entropy(dense.sum_blocks(p, case.block_size[1], -1)),
+        "tile": lambda p: dense.entropy(dense.dense_tile_mass(p, case.block_size)),
+    }
+
+
 def check_entropies(case: Case, device: str, backend: str) -> None:
     problem = case.build(device)
-    options = dict(problem.options)
-    if problem.block_mask is None:
-        options["block_size"] = case.block_size
-    else:
-        options["block_mask"] = problem.block_mask
+    options = entropy_options(problem)
     out, got = ea.attention_with_entropy(*problem.inputs, backend=backend, **options)
     with torch.no_grad():
         exact = problem.dense(torch.float64)
         # The entropies are fp32 whatever the inputs: so is what they are held to.
         plain = problem.dense(torch.float32)
         assert_close_to_reference(out, problem.dense(case.dtype)[0], exact[0], "out")
-    block_k = case.block_size[1]
-    measures = {
-        "row": dense.entropy,
-        "block": lambda p: dense.entropy(dense.sum_blocks(p, block_k, -1)),
-        "tile": lambda p: dense.entropy(dense.dense_tile_mass(p, case.block_size)),
-    }
     # An error of the scores moves an entropy by at most the spread of log p, about log N, times it.
     score = term_sizes(problem, exact[2].detach(), out)["score"]
     size = score * torch.tensor(float(case.kv_len)).log().item()
-    for kind, measure in measures.items():
+    for kind, measure in entropy_measures(case).items():
         expected = measure(exact[2].detach())
         # An entropy is a difference of logarithms: its rounding is that of log N.
         scale = torch.full_like(expected, torch.tensor(float(case.kv_len)).log().item() + 1.0)
@@ -166,10 +175,61 @@ def check_entropies(case: Case, device: str, backend: str) -> None:
         assert (getattr(got, kind) >= 0).all()
 
 
+def check_entropy_gradients(
+    case: Case, device: str, backend: str, kinds: tuple[str, ...] = KINDS, with_out: bool = True
+) -> None:
+    """Gradients of a loss of entropies, and of out if asked, against autograd through dense."""
+    problem = case.build(device)
+    leaves = problem.leaves()
+    out, entropy = ea.attention_with_entropy(
+        *leaves, kinds=kinds, backend=backend, **entropy_options(problem)
+    )
+    measures = entropy_measures(case)
+    weights = {kind: torch.randn_like(getattr(entropy, kind)) for kind in kinds}
+    grad_out = torch.randn_like(out) * with_out
+
+    def gradients(out, entropies, leaves):
+        loss = (out * grad_out.to(out.dtype)).sum() if with_out else 0.0
+        for kind, found in entropies.items():
+            loss = loss + (found * weights[kind].to(found.dtype)).sum()
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    def dense_gradients(dtype):
+        out, _, probabilities, leaves = problem.dense(dtype)
+        entropies = {kind: measures[kind](probabilities) for kind in kinds}
+        return gradients(out, entropies, leaves), probabilities.detach()
+
+    got = gradients(out, {kind: getattr(entropy, kind) for kind in kinds}, leaves)
+    allowed, _ = dense_gradients(case.dtype)
+    expected, probabilities = dense_gradients(torch.float64)
+    sizes = entropy_term_sizes(problem, probabilities, grad_out, weights)
+    for name, *grads in zip(("query", "key", "value"), got, allowed, expected, strict=True):
+        size = sizes[f"gradient of {name}"]
+        assert_close_to_reference(*grads, f"gradient of {name}", magnitude=size)
+
+
+def entropy_term_sizes(
+    problem: Problem, probabilities: Tensor, grad_out: Tensor, weights: dict[str, Tensor]
+) -> dict[str, float]:
+    """`term_sizes` where dP is joined by gradients of entropies times logarithms."""
+    sizes = term_sizes(problem, probabilities, grad_out)
+    query, key, _ = (t.detach().double().abs().max().item() for t in problem.inputs)
+    column = probabilities.sum(-2).max().item() * (problem.query.shape[1] // problem.key.shape[1])
+    # -log p is at most the spread of the scores and log N.
+    log = 2 * sizes["score"] + math.log(problem.case.kv_len)
+    term = abs(problem.scale) * log * sum(weight.abs().max().item() for weight in weights.values())
+    amplified = 1.0 + sizes["score"]
+    sizes["gradient of query"] += term * key * amplified
+    sizes["gradient of key"] += term * query * column * amplified
+    return sizes
+
+
 @pytest.mark.parametrize("case", SMALL + HALF, ids=str)
 def test_reference_matches_dense(case: Case) -> None:
     check_forward_and_backward(case, "cpu", "reference")
     check_entropies(case, "cpu", "reference")
+    for kinds in [KINDS, *zip(KINDS, strict=True)]:
+        check_entropy_gradients(case, "cpu", "reference", kinds, with_out=len(kinds) > 1)
 
 
 @pytest.mark.parametrize("case", SMALL + HALF, ids=str)
@@ -180,6 +240,31 @@ def test_kernel_matches_dense(case: Case, device: str) -> None:
 @pytest.mark.parametrize("case", SMALL + HALF, ids=str)
 def test_kernel_entropies_match_dense(case: Case, device: str) -> None:
     check_entropies(case, device, "triton")
+
+
+@pytest.mark.parametrize("case", SMALL + HALF, ids=str)
+def test_kernel_entropy_gradients_match_dense(case: Case, device: str) -> None:
+    check_entropy_gradients(case, device, "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(is_causal=True, lens=True),
+        Case(is_causal=True, density=None, dtype=torch.float16),
+        Case(block_size=(16, 256), q_len=40, kv_len=600, is_causal=True, window=300),
+    ],
+    ids=str,
+)
+def test_kernel_gradient_of_one_entropy(case: Case, kind: str, device: str) -> None:
+    """A loss of nothing but one entropy."""
+    check_entropy_gradients(case, device, "triton", (kind,), with_out=False)
+
+
+@on_gpu
+def test_kernel_entropy_gradients_match_dense_at_real_sizes(case: Case) -> None:
+    check_entropy_gradients(case, "cuda", "triton")
 
 
 @on_gpu
@@ -218,6 +303,7 @@ def test_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_forward_and_backward(case, device, "triton")
+    check_entropy_gradients(case, device, "triton")
 
 
 @settings(max_examples=60, deadline=None)
@@ -225,6 +311,7 @@ def test_kernel_matches_dense_for_any_shape(case: Case, seed: int) -> None:
 def test_reference_matches_dense_for_any_shape(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     check_forward_and_backward(case, "cpu", "reference")
+    check_entropy_gradients(case, "cpu", "reference")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +335,7 @@ def test_tiles_by_the_copy_engine(case: Case, device: str, monkeypatch) -> None:
     monkeypatch.setattr(forward, "forward_config", lambda *args, **kwargs: forward_config)
     monkeypatch.setattr(backward, "backward_config", lambda *args, **kwargs: backward_config)
     check_forward_and_backward(case, device, "triton")
+    check_entropy_gradients(case, device, "triton")
 
 
 @st.composite
@@ -276,6 +364,7 @@ def gpu_cases(draw) -> Case:
 def test_gpu_kernel_matches_dense_for_any_length(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     check_forward_and_backward(case, "cuda", "triton")
+    check_entropy_gradients(case, "cuda", "triton")
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

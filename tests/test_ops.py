@@ -28,15 +28,15 @@ def op_arguments(case: Case, device: str):
 def test_opcheck(case: Case, backend: str, device: str) -> None:
     problem, lists, geometry = op_arguments(case, device)
     leaves = problem.leaves()
-    arguments = (*leaves, *lists, *geometry, False, False, backend)
-    torch.library.opcheck(ops.attention_forward, arguments)
+    for entropies in ([False] * 4, [True, False, False, False], [True] * 4):
+        arguments = (*leaves, *lists, *geometry, *entropies, backend)
+        torch.library.opcheck(ops.attention_forward, arguments)
     with torch.no_grad():
-        torch.library.opcheck(
-            ops.attention_forward, (*problem.inputs, *lists, *geometry, True, True, backend)
-        )
-        out, lse, _, _ = ops.attention_forward(*arguments)
-        for grad_lse in (None, torch.randn_like(lse)):
-            backward = (out, grad_lse, *problem.inputs, out, lse, *lists, *geometry, backend)
+        torch.library.opcheck(ops.attention_forward, (*problem.inputs, *arguments[3:]))
+        out, lse, row, block, tile, mass = ops.attention_forward(*arguments)
+        for grads in ((None,) * 4, [torch.randn_like(t) for t in (lse, row, block, tile)]):
+            saved = (*problem.inputs, out, lse, row, block, mass)
+            backward = (out, *grads, *saved, *lists, *geometry, backend)
             torch.library.opcheck(ops.attention_backward, backward)
         for return_mass, given in ((True, None), (False, lse)):
             pair = (problem.query, problem.key, given)
@@ -52,10 +52,9 @@ def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
         out, lse = ea.block_sparse_attention(
             query, key, value, mask, is_causal=True, return_lse=True, backend=backend
         )
-        _, entropy = ea.attention_with_entropy(
-            query.detach(), key.detach(), value.detach(), block_size=16, backend=backend
-        )
-        return out.square().sum() + lse.clamp(min=-10).sum(), entropy.tile
+        _, entropy = ea.attention_with_entropy(query, key, value, block_size=16, backend=backend)
+        entropies = entropy.row.sum() + entropy.block.sum() + entropy.tile.sum()
+        return out.square().sum() + lse.clamp(min=-10).sum() + entropies, entropy.tile.detach()
 
     eager_leaves, compiled_leaves = problem.leaves(), problem.leaves()
     value, tile = loss(*eager_leaves)
@@ -77,12 +76,18 @@ def test_activation_checkpointing_recomputes_the_same(use_reentrant: bool, devic
     problem = Case(q_len=48, kv_len=48).build(device)
 
     def attend(query, key, value):
-        return ea.block_sparse_attention(query, key, value, problem.block_mask, backend="triton")
+        out, entropy = ea.attention_with_entropy(
+            query, key, value, block_mask=problem.block_mask, backend="triton"
+        )
+        return out, entropy.row, entropy.tile
+
+    def loss(out, row, tile):
+        return out.square().sum() + row.sum() + tile.square().sum()
 
     plain, checkpointed = problem.leaves(), problem.leaves()
-    expected = torch.autograd.grad(attend(*plain).square().sum(), plain)
-    out = torch.utils.checkpoint.checkpoint(attend, *checkpointed, use_reentrant=use_reentrant)
-    out.square().sum().backward()
+    expected = torch.autograd.grad(loss(*attend(*plain)), plain)
+    results = torch.utils.checkpoint.checkpoint(attend, *checkpointed, use_reentrant=use_reentrant)
+    loss(*results).backward()
     for leaf, gradient in zip(checkpointed, expected, strict=True):
         assert torch.equal(leaf.grad, gradient)
 
@@ -90,15 +95,42 @@ def test_activation_checkpointing_recomputes_the_same(use_reentrant: bool, devic
 def test_reference_gradients_in_double_precision() -> None:
     case = Case(q_len=20, kv_len=24, head_dim=16, dtype=torch.float64, is_causal=True)
     problem = case.build("cpu")
-    out = lambda *leaves: ea.block_sparse_attention(  # noqa: E731
-        *leaves, problem.block_mask, is_causal=True, return_lse=True
+
+    def results(*leaves):
+        out, lse = ea.block_sparse_attention(
+            *leaves, problem.block_mask, is_causal=True, return_lse=True
+        )
+        _, entropy = ea.attention_with_entropy(
+            *leaves, block_mask=problem.block_mask, is_causal=True
+        )
+        finite = torch.where(torch.isfinite(lse), lse, 0.0)
+        return out, finite, entropy.row, entropy.block, entropy.tile
+
+    assert torch.autograd.gradcheck(results, problem.leaves())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_sees_no_key_passes_no_gradient_on(backend: str, device: str) -> None:
+    """The loss has infinite gradients there; none of them may leave."""
+    leaves = Case(head_dim=16, is_causal=True, density=None).build(device).leaves()
+    lens = [torch.tensor(n, dtype=torch.int32, device=device) for n in ([56, 0], [20, 7])]
+    _, entropy = ea.attention_with_entropy(
+        *leaves, block_size=16, is_causal=True, kv_lens=lens[0], q_lens=lens[1], backend=backend
     )
+    loss = entropy.row.log().sum() + entropy.block.sqrt().sum() + entropy.tile.log().sum()
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.isfinite(grad).all()
+        assert not grad[1].any()
+        assert grad[0].any() or leaf is leaves[2]
 
-    def finite(*leaves):
-        result, lse = out(*leaves)
-        return result, torch.where(torch.isfinite(lse), lse, 0.0)
 
-    assert torch.autograd.gradcheck(finite, problem.leaves())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_gradients_raise(backend: str, device: str) -> None:
+    leaves = Case(q_len=20, kv_len=24, head_dim=16).build(device).leaves()
+    _, entropy = ea.attention_with_entropy(*leaves, block_size=16, backend=backend)
+    (grad,) = torch.autograd.grad(entropy.row.sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        grad.sum().backward()
 
 
 @pytest.mark.gpu
@@ -155,7 +187,9 @@ def test_no_wait_for_the_device() -> None:
     def step():
         out = ea.block_sparse_attention(*leaves, mask, is_causal=True)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-        ea.attention_with_entropy(*problem.inputs, block_mask=mask, is_causal=True)
+        out, entropy = ea.attention_with_entropy(*leaves, block_mask=mask, is_causal=True)
+        loss = out.sum() + entropy.row.sum() + entropy.block.sum() + entropy.tile.sum()
+        torch.autograd.grad(loss, leaves)
         chosen = ea.select_blocks(problem.query, problem.key, is_causal=True)
         ea.block_sparse_attention(*problem.inputs, chosen, is_causal=True)
 

@@ -153,6 +153,9 @@ def attention_forward(
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    grad_row: Tensor | None,
+    grad_block: Tensor | None,
+    grad_tile: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,7 +163,11 @@ def attention_backward(
     lse: Tensor,
     problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; probabilities are recomputed tile by tile."""
+    """Gradients of query, key and value; probabilities are recomputed tile by tile.
+
+    Args:
+        grad_row, grad_block (B, Hq, Nq), grad_tile (B, Hq, Mq): of the entropies.
+    """
     dtype = compute_dtype(query.dtype)
     batch, heads, _, _ = query.shape
     kv_heads = key.shape[1]
@@ -173,18 +180,49 @@ def attention_backward(
     delta = delta.masked_fill(lse == float("-inf"), 0.0)
     batch_index = torch.arange(batch, device=query.device)[:, None, None]
     kv_head = (torch.arange(heads, device=query.device) // (heads // kv_heads))[None, :, None]
-    for tile in tiles(query, key, value, problem):
+    for index, tile in enumerate(tiles(query, key, value, problem)):
         if tile.key.shape[2] == 0:
             continue
         grad = grad_out[:, :, tile.rows].to(dtype)
         p = _probabilities(tile.scores(problem.scale), lse[:, :, tile.rows])
-        grad_p = grad @ tile.value.transpose(-1, -2)
-        grad_scores = p * (grad_p - delta[:, :, tile.rows, None]) * problem.scale
+        grad_p = grad @ tile.value.transpose(-1, -2) - delta[:, :, tile.rows, None]
+        if grad_row is not None:
+            grad_p = grad_p + _grad_of_entropy(p, grad_row[:, :, tile.rows])
+        if grad_block is not None or grad_tile is not None:
+            # The gathered keys are whole blocks, so runs of block_k entries are blocks.
+            masses = sum_blocks(p, problem.block_size[1], -1)
+            grad_mass = torch.zeros_like(masses)
+            if grad_block is not None:
+                grad_mass += _grad_of_entropy(masses, grad_block[:, :, tile.rows])
+            if grad_tile is not None:
+                alive = (lse[:, :, tile.rows] > float("-inf")).sum(-1).clamp(min=1)
+                mean = masses.sum(-2) / alive[..., None]
+                terms = _grad_of_entropy(mean, grad_tile[:, :, index] / alive)[:, :, None]
+                grad_mass += terms - (masses * terms).sum(-1, keepdim=True)
+            spread = grad_mass.repeat_interleave(problem.block_size[1], -1)
+            grad_p = grad_p + spread[..., : p.shape[-1]]
+        grad_scores = p * grad_p * problem.scale
         grad_query[:, :, tile.rows] = (grad_scores @ tile.key).to(query.dtype)
         at = (batch_index, kv_head, tile.position)
         grad_key.index_put_(at, grad_scores.transpose(-1, -2) @ tile.query, accumulate=True)
         grad_value.index_put_(at, p.transpose(-1, -2) @ grad, accumulate=True)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _grad_of_entropy(probabilities: Tensor, grad: Tensor) -> Tensor:
+    """d/dS of an entropy H over the last dimension, divided by the probability: -(log p + H).
+
+    Args:
+        grad: of the entropy, without the last dimension; what it is where all are 0 is ignored.
+    """
+    log = probabilities.masked_fill(probabilities == 0, 1.0).log()
+    grad = grad.to(log.dtype).masked_fill((probabilities == 0).all(-1), 0.0)
+    return -(log + entropy(probabilities)[..., None]) * grad[..., None]
+
+
+def tile_entropy(query: Tensor, key: Tensor, problem: Problem) -> Tensor:
+    """(B, Hq, Mq): entropy of the masses of each row of tiles."""
+    return entropy(tile_mass(query, key, problem)).clamp(min=0)
 
 
 def tile_mass(query: Tensor, key: Tensor, problem: Problem) -> Tensor:

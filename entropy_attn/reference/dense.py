@@ -70,8 +70,9 @@ def dense_attention(
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Shannon entropy over the last dimension, in nats; 0·log 0 = 0."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    """Shannon entropy over the last dimension, in nats; 0·log 0 = 0, as is its gradient."""
+    logarithm = probabilities.masked_fill(probabilities == 0, 1.0).log()
+    return -(probabilities * logarithm).sum(-1)
 
 
 def sum_blocks(x: Tensor, block: int, dim: int) -> Tensor:

@@ -1,0 +1,126 @@
+"""What the backward needs to know of each row: one pass over out, its gradient and the entropies.
+
+With P = exp(S - lse), dP = dO V^T, and gradients gR, gB of row and block entropy H and HB, and of
+the tile entropies (`kernels/tile_mass.py`) as g_AB for a block of queries A and of keys B:
+    dS_ij = P_ij * (dP_ij - gR_i S_ij - gB_i log P_i,B(j) + g_A,B(j) - delta_i),
+    delta_i = dO_i . O_i - dlse_i + gR_i (H_i - lse_i) + gB_i HB_i + sum_B P_iB g_AB.
+The first two terms of delta are FlashAttention-2's (Dao, arXiv 2307.08691); the others follow from
+dH_i/dS_ij = -P_ij (log P_ij + H_i), dHB_i/dS_ij = -P_ij (log P_i,B(j) + HB_i). The sum over j of
+dS_ij is 0 but for dlse, as the softmax does not change when a row of S moves by a constant.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import LENGTHS, device_of, padded_head_dim
+from entropy_attn.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    head_base,
+    load_tile,
+    program_tile,
+    tile_offsets,
+)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _statistics_kernel(
+    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, row_ptr, grad_row_ptr, block_ptr,
+    grad_block_ptr, cross_ptr, statistics_ptr,
+    out_strides, grad_out_strides, heads, q_len, q_tiles, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Statistics of every row, padded to whole tiles: (B, Hq, 2 to 4, q_tiles * BLOCK_M).
+
+    lse in base 2; delta; the factors of the raw scores (gR * scale) and of log2 P_iB (gB * ln 2)
+    where those entropies have gradients. Rows that see no key, and those past the last one, get
+    +inf and 0: their P is 0, so that the other kernels need no masks for them.
+    """
+    batch, head, tile = program_tile(q_tiles, heads, False)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
+    out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
+    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+    grad_pointers = grad_base + tile_offsets(
+        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
+    )
+    out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    batch_head = (batch * heads + head).to(tl.int64)
+    at = batch_head * q_len + rows
+    inside = rows < q_len
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("-inf"))
+    empty = lse == float("-inf")
+    PER_HEAD: tl.constexpr = 2 + ROW_ENTROPY + BLOCK_ENTROPY
+    padded_len = q_tiles * BLOCK_M
+    target = statistics_ptr + batch_head * PER_HEAD * padded_len + rows
+    if ROW_ENTROPY:
+        grad_row = tl.load(grad_row_ptr + at, mask=inside, other=0.0)
+        delta += grad_row * (tl.load(row_ptr + at, mask=inside, other=0.0) - lse)
+        tl.store(target + 2 * padded_len, tl.where(empty, 0.0, grad_row * scale))
+    if BLOCK_ENTROPY:
+        grad_block = tl.load(grad_block_ptr + at, mask=inside, other=0.0)
+        delta += grad_block * tl.load(block_ptr + at, mask=inside, other=0.0)
+        grad_block = tl.where(empty, 0.0, grad_block * LN_2)
+        tl.store(target + (2 + ROW_ENTROPY) * padded_len, grad_block)
+    if TILE_ENTROPY:
+        delta += tl.load(cross_ptr + at, mask=inside, other=0.0)
+    tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
+    tl.store(target + padded_len, tl.where(empty, 0.0, delta))
+
+
+def row_statistics(
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    row: Tensor | None,
+    grad_row: Tensor | None,
+    block: Tensor | None,
+    grad_block: Tensor | None,
+    cross: Tensor | None,
+    block_q: int,
+    scale: float,
+) -> Tensor:
+    """Launch the kernel.
+
+    Args:
+        out, grad_out: (B, Hq, Nq, D). lse: (B, Hq, Nq) fp32, contiguous, as are the next ones.
+        row, block: entropies; read where they have a gradient.
+        grad_lse, grad_row, grad_block: (B, Hq, Nq) fp32 of any strides, or None.
+        cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
+
+    Returns:
+        (B, Hq, R, padded Nq) fp32: lse in base 2, delta, then what belongs to ``grad_row`` and
+        to ``grad_block`` if they are given.
+    """
+    batch, heads, q_len, head_dim = out.shape
+    block_m = 128 if head_dim <= 128 else 64
+    padding = max(block_q, block_m)
+    padded_len = triton.cdiv(q_len, padding) * padding
+    per_head = 2 + (grad_row is not None) + (grad_block is not None)
+    statistics = out.new_empty((batch, heads, per_head, padded_len), dtype=torch.float32)
+    if statistics.numel() == 0:
+        return statistics
+    grad_lse, grad_row, grad_block = (
+        None if grad is None else grad.contiguous() for grad in (grad_lse, grad_row, grad_block)
+    )
+    tiles = padded_len // block_m
+    with device_of(out):
+        _statistics_kernel[(tiles * batch * heads,)](
+            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, statistics,
+            out.stride(), grad_out.stride(), heads, q_len, tiles, scale,
+            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=block_m,
+            HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
+            BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
+        )  # fmt: skip
+    return statistics
