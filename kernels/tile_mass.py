@@ -48,6 +48,34 @@ from entropy_attn.kernels.primitives import (
 
 
 @triton.jit
+def _tile_of_program(
+    query_ptr, key_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+    query_strides, key_strides, count_strides, index_strides, heads, group, q_len, kv_len, q_tiles,
+    window,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
+    MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+):  # fmt: skip
+    """Which tile the program takes, its queries, its keys and `tile_blocks`."""
+    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
+    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (M,)
+    positions = rows + (kv_end - q_end)
+    blocks = tile_blocks(
+        counts_ptr, indices_ptr, batch, head, tile, count_strides, index_strides,
+        q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
+        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
+    )  # fmt: skip
+    batch_head = (batch * heads + head).to(tl.int64)
+    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
+    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
+    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
+    return batch_head, tile, rows, positions, query, key_base, kv_end, q_end, blocks
+
+
+@triton.jit
 def _scores(
     query, positions, key_base, stride_kn, stride_kd, keys, kv_end, kv_len, window,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -159,24 +187,14 @@ def _tile_mass_kernel(
     HAS_Q_LENS: tl.constexpr, HAS_LSE: tl.constexpr, STORE_MASS: tl.constexpr,
     BY_SLOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
-    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
-    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (M,)
-    positions = rows + (kv_end - q_end)
-    list_pointer, count, first, full, last = tile_blocks(
-        counts_ptr, indices_ptr, batch, head, tile,
-        (count_stride_b, count_stride_h, count_stride_t),
-        (index_stride_b, index_stride_h, index_stride_t),
-        q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
-        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
+    batch_head, tile, rows, positions, query, key_base, kv_end, q_end, blocks = _tile_of_program(
+        query_ptr, key_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+        query_strides, key_strides, (count_stride_b, count_stride_h, count_stride_t),
+        (index_stride_b, index_stride_h, index_stride_t), heads, group, q_len, kv_len, q_tiles,
+        window, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+        HAS_KV_LENS, HAS_Q_LENS,
     )  # fmt: skip
-    batch_head = (batch * heads + head).to(tl.int64)
-
-    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
-    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
-    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
+    list_pointer, count, first, full, last = blocks
     if HAS_LSE:
         statistics = batch_head * q_len + rows
         lse = tl.load(lse_ptr + statistics, mask=rows < q_len, other=float("-inf")) * LOG2_E
@@ -224,7 +242,7 @@ def _tile_mass_kernel(
 def _tile_gradient_kernel(
     query_ptr, key_ptr, lse_ptr, mass_ptr, grad_ptr, terms_ptr, cross_ptr,
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
-    query_strides, key_strides, grad_strides,
+    query_strides, key_strides,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, masses_a_tile, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -232,30 +250,19 @@ def _tile_gradient_kernel(
     LISTED: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
     HAS_Q_LENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
-    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
-    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (M,)
-    positions = rows + (kv_end - q_end)
-    list_pointer, count, first, full, last = tile_blocks(
-        counts_ptr, indices_ptr, batch, head, tile,
-        (count_stride_b, count_stride_h, count_stride_t),
-        (index_stride_b, index_stride_h, index_stride_t),
-        q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
-        IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
+    batch_head, tile, rows, positions, query, key_base, kv_end, q_end, blocks = _tile_of_program(
+        query_ptr, key_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
+        query_strides, key_strides, (count_stride_b, count_stride_h, count_stride_t),
+        (index_stride_b, index_stride_h, index_stride_t), heads, group, q_len, kv_len, q_tiles,
+        window, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT,
+        HAS_KV_LENS, HAS_Q_LENS,
     )  # fmt: skip
-    batch_head = (batch * heads + head).to(tl.int64)
-    query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
-    query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
-    query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    key_base = head_base(key_ptr, batch, head // group, key_strides[0], key_strides[1])
-
+    list_pointer, count, first, full, last = blocks
     at = batch_head * q_len + rows
     lse = tl.load(lse_ptr + at, mask=rows < q_len, other=float("-inf"))
     alive = (lse > float("-inf")) & (rows < q_end)
     lse = tl.where(alive, lse * LOG2_E, float("inf"))
-    grad_pointer = head_base(grad_ptr, batch, head, grad_strides[0], grad_strides[1])
-    weight = -tl.load(grad_pointer + tile.to(tl.int64) * grad_strides[2]) * LN_2
+    weight = -tl.load(grad_ptr + batch_head * q_tiles + tile) * LN_2
     alive_rows = tl.sum(alive.to(tl.float32), 0)
     weight = tl.where(alive_rows > 0.0, weight / tl.maximum(alive_rows, 1.0), 0.0)
     if weight == 0.0:  # a tile that is not in the loss, or that sees nothing
@@ -384,8 +391,8 @@ def tile_gradient(
     sizes, options = _launch_arguments(query, key, *lists, *geometry, mass.shape[3], config)
     with device_of(query):
         _tile_gradient_kernel[(grad.numel(),)](
-            query, key, lse, mass, grad, terms, cross, *lists,
-            query.stride(), key.stride(), grad.stride(), *sizes, **options,
+            query, key, lse, mass, grad.contiguous(), terms, cross, *lists,
+            query.stride(), key.stride(), *sizes, **options,
         )  # fmt: skip
     return terms, cross
 

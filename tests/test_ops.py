@@ -149,15 +149,21 @@ def test_cuda_graph_replays_with_new_inputs_and_lists(is_causal: bool) -> None:
         out = ea.block_sparse_attention(*leaves, mask, is_causal=is_causal)
         return out, torch.autograd.grad(out, leaves, torch.ones_like(out))
 
+    def entropy_step():
+        _, found = ea.attention_with_entropy(*leaves, block_mask=mask, is_causal=is_causal)
+        loss = found.row.mean() + found.block.mean() + found.tile.mean()
+        return torch.autograd.grad(loss, leaves[:2])
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()
+            step(), entropy_step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, grads = step()
+        entropy_grads = entropy_step()
 
     torch.manual_seed(7)
     other = case.build("cuda")
@@ -174,6 +180,8 @@ def test_cuda_graph_replays_with_new_inputs_and_lists(is_causal: bool) -> None:
     )
     for got, *references in zip(grads, allowed, expected, strict=True):
         assert_close_to_reference(got, *references, "gradient")
+    for replayed, launched in zip(entropy_grads, entropy_step(), strict=True):
+        assert torch.equal(replayed, launched)
 
 
 @pytest.mark.gpu
