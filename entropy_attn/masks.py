@@ -412,12 +412,17 @@ class BlockMask:
 
     def select(
         self,
-        batch: int | slice | Sequence[int] | Tensor = slice(None),
-        heads: int | slice | Sequence[int] | Tensor = slice(None),
+        batch: int | slice | Sequence[int] | Tensor | None = None,
+        heads: int | slice | Sequence[int] | Tensor | None = None,
     ) -> BlockMask:
-        """The mask of some batch rows and heads, in the order named; both dimensions stay."""
-        batch = [batch] if isinstance(batch, int) else batch
-        heads = [heads] if isinstance(heads, int) else heads
+        """The mask of some batch rows and heads, in the order named; both dimensions stay.
+
+        None takes all of them.
+        """
+        batch, heads = (
+            slice(None) if some is None else [some] if isinstance(some, int) else some
+            for some in (batch, heads)
+        )
         return replace(
             self,
             kv_num_blocks=self.kv_num_blocks[batch][:, heads],

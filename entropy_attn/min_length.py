@@ -6,47 +6,69 @@ only on the device, after its blocks were chosen, and reading it would make the 
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 
-from entropy_attn.backend.crossover import Crossover, find_crossover, smallest_block
+from entropy_attn.backend.crossover import Crossover, beats_dense, find_crossover, smallest_block
 from entropy_attn.config import SparsityConfig
 from entropy_attn.selection import TopK
+from entropy_attn.traced import find, key_of
 from entropy_attn.validation import check_block_size
 
 # What min_length="auto" means on devices without measurements, such as the CPU.
 UNMEASURED_LENGTH = 4096
 
 
-def too_short(
-    config: SparsityConfig,
-    query: torch.Tensor,
-    kv_len: int,
-    is_causal: bool,
-    window: int | None = None,
-) -> str | None:
-    """Why a call of these sizes runs dense under ``config.min_length``, or None if it does not.
+class MinLength:
+    """Decides by the sizes of a call whether it is too short to run sparse."""
 
-    Args:
-        query: (B, Hq, Nq, D), of which only the shape and the device are read.
-        kv_len: keys, in tokens.
-        window: sliding window in tokens, None for none.
-    """
-    if config.min_length != "auto":
-        least = config.min_length
-        return f"fewer than min_length={least} keys" if kv_len < least else None
-    batch, heads, q_len, head_dim = query.shape
-    found = find(config, query.device, query.dtype, head_dim, is_causal)
-    if found is None:
-        short = f"fewer than {UNMEASURED_LENGTH} keys (min_length='auto', not measured on "
-        return f"{short}{query.device.type})" if kv_len < UNMEASURED_LENGTH else None
-    # A window bounds the keys that a query sees, and with them those that can be left out.
-    seen = kv_len if window is None else min(window, kv_len)
-    # Not found.pays(...): torch.compile reads the fields of a constant, but finds no methods.
-    return None if Crossover.pays(found, batch * heads, q_len, seen) else found.reason
+    def __init__(self, config: SparsityConfig) -> None:
+        self.config = config
+        self.key = key_of(self)
+
+    def __reduce__(self) -> tuple[type[MinLength], tuple[SparsityConfig]]:
+        return MinLength, (self.config,)  # a copy has a key of its own
+
+    def too_short(
+        self,
+        query: torch.Tensor,
+        kv_len: int,
+        is_causal: bool,
+        window: int | None = None,
+    ) -> str | None:
+        """Why a call of these sizes runs dense, or None if it does not.
+
+        Args:
+            query: (B, Hq, Nq, D), of which only the shape, dtype and device are read.
+            kv_len: keys, in tokens.
+            window: sliding window in tokens, None for none.
+        """
+        least = self.config.min_length
+        if least != "auto":
+            return f"fewer than min_length={least} keys" if kv_len < least else None
+        batch, heads, q_len, head_dim = query.shape
+        found = _crossover(self.key, query.device, query.dtype, head_dim, is_causal)
+        if found is None:
+            short = f"fewer than {UNMEASURED_LENGTH} keys (min_length='auto', not measured on "
+            return f"{short}{query.device.type})" if kv_len < UNMEASURED_LENGTH else None
+        # A window bounds the keys that a query sees, and with them those that can be left out.
+        seen = kv_len if window is None else min(window, kv_len)
+        length, rows, reason = found
+        faster = beats_dense(length, rows, batch * heads, q_len, seen)
+        return None if faster else reason
 
 
 @torch.compiler.assume_constant_result
-def find(
+def _crossover(
+    key: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
+) -> tuple[int | None, int, str] | None:
+    """`expected_crossover` of the `MinLength` with that key, in what torch.compile takes for constants."""
+    found = expected_crossover(find(key).config, device, dtype, head_dim, is_causal)
+    return None if found is None else astuple(found)
+
+
+def expected_crossover(
     config: SparsityConfig,
     device: torch.device,
     dtype: torch.dtype,

@@ -72,10 +72,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
                 return tensor
             if isinstance(tensor, torch._subclasses.FakeTensor):
                 return tensor
-            if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
-            elif tensor.dtype in (torch.int32, torch.int64):
-                tensor.fill_(2**30 + 7)
+            with torch.no_grad():
+                if tensor.is_floating_point():
+                    tensor.fill_(float("nan"))
+                elif tensor.dtype in (torch.int32, torch.int64):
+                    tensor.fill_(2**30 + 7)
             return tensor
 
         return filled

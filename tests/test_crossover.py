@@ -13,7 +13,7 @@ import torch
 import entropy_attn as ea
 from entropy_attn.backend import crossover
 from entropy_attn.backend.choice import Choice
-from entropy_attn.min_length import expected_blocks, find
+from entropy_attn.min_length import expected_blocks, expected_crossover
 
 CPU = torch.device("cpu")
 
@@ -223,7 +223,7 @@ def test_auto_never_takes_the_slower_at_a_measured_point(budget, monkeypatch):
             config = ea.SparsityConfig(
                 block_size=measured["block"], budget=budget(share), expected_density=share
             )
-            found = find(config, CPU, torch.bfloat16, measured["head_dim"], is_causal)
+            found = expected_crossover(config, CPU, torch.bfloat16, measured["head_dim"], is_causal)
             if not found.pays(rows, length, length):
                 continue
             ran_sparse += 1

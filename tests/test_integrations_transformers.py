@@ -23,6 +23,7 @@ from integration_models import (
 )
 
 import entropy_attn as ea
+from entropy_attn.integrations.statistics import SPARSE
 from entropy_attn.testing import assert_close_to_reference
 
 PADDED = [
@@ -282,6 +283,31 @@ def test_compiles_into_one_graph(padded):
         dense.check(compiled(**inputs).logits, mask if padded else None)
         for layer in handle.stats().layers:
             assert layer.compiled == {"sparse": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_compiles_on_a_gpu(mode):
+    """By Inductor, with CUDA graphs in the second mode; the sizes pay, so that "auto" is sparse."""
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=64, max_position_embeddings=32768,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    for length, is_sparse in ((16384, True), (512, False)):
+        ids = torch.randint(64, (1, length), device="cuda")
+        with ea.apply(model, ea.SparsityConfig(budget=ea.TopK(0.2))) as handle:
+            eager = model(ids, use_cache=False, logits_to_keep=64).logits
+            compiled = torch.compile(model, fullgraph=True, mode=mode)
+            for _ in range(3):
+                logits = compiled(ids, use_cache=False, logits_to_keep=64).logits
+            for layer in handle.stats().layers:
+                assert [key == SPARSE for key in layer.compiled] == [is_sparse]
+        torch.compiler.reset()
+        rounding = eager.float().abs().max() * 2**-6
+        assert (logits.float() - eager.float()).abs().max() <= rounding
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ MASKS = (
 API = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
     "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
-    "entropy_attn.errors", *MASKS,
+    "entropy_attn.errors", "entropy_attn.traced", *MASKS,
 )  # fmt: skip
 # The modules where the API meets the kernels.
 BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops")
@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.kernels.launch": (),
     "entropy_attn.reference": PLAIN,
     "entropy_attn.errors": (),
+    "entropy_attn.traced": (),
     "entropy_attn.entropy": (),
     "entropy_attn.block_lists": (),
     "entropy_attn.testing": PLAIN,

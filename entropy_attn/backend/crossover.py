@@ -96,10 +96,19 @@ class Crossover:
     reason: str
 
     def pays(self, rows: int, q_len: int, kv_len: int) -> bool:
-        """Whether sparse attention is expected to beat dense. Sizes may be symbolic."""
-        if self.length is None:
-            return False
-        return work(rows, q_len, kv_len, self.rows) >= self.rows * self.length**2
+        return beats_dense(self.length, self.rows, rows, q_len, kv_len)
+
+
+def beats_dense(length: int | None, measured_rows: int, rows: int, q_len: int, kv_len: int) -> bool:
+    """Whether sparse attention is expected to beat dense in a call. Its sizes may be symbolic.
+
+    Args:
+        length, measured_rows: of a `Crossover`.
+        rows: heads over the whole batch.
+    """
+    if length is None:
+        return False
+    return work(rows, q_len, kv_len, measured_rows) >= measured_rows * length**2
 
 
 def work(rows: int, q_len: int, kv_len: int, most_rows: int) -> int:

@@ -18,7 +18,7 @@ from entropy_attn.integrations.statistics import (
     count_visible_blocks,
     note_traced,
 )
-from entropy_attn.min_length import too_short
+from entropy_attn.min_length import MinLength
 from entropy_attn.selection import select_blocks
 
 
@@ -44,6 +44,7 @@ class SparseLayer:
     def __init__(self, name: str, config: SparsityConfig, dense: bool) -> None:
         self.name = name
         self.config = config
+        self.min_length = MinLength(config)
         self.dense = dense
         self.recorder = Recorder()
 
@@ -64,7 +65,7 @@ class SparseLayer:
             return "the layer is in dense_layers"
         if call.q_len < self.config.min_queries:
             return f"fewer than min_queries={self.config.min_queries} queries"
-        return too_short(self.config, call.query, call.kv_len, call.is_causal, call.window)
+        return self.min_length.too_short(call.query, call.kv_len, call.is_causal, call.window)
 
     def _attend_sparse(self, call: AttentionCall) -> Tensor:
         config = self.config
@@ -101,7 +102,7 @@ class SparseLayer:
 
     def _record(self, reason: str, call: AttentionCall) -> None:
         if torch.compiler.is_compiling():
-            note_traced(self.recorder, reason)
+            note_traced(self.recorder.key, reason)
         else:
             self.recorder.call(reason, call.kv_len)
 

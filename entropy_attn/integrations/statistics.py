@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_attn.integrations.table import render
 from entropy_attn.masks import BlockMask
+from entropy_attn.traced import find, key_of
 
 SPARSE = "sparse"
 
@@ -87,7 +88,11 @@ class Recorder:
     """Counts the calls of one layer without waiting for the device."""
 
     def __init__(self) -> None:
+        self.key = key_of(self)
         self.reset()
+
+    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
+        return Recorder, ()  # a copy of a layer counts anew
 
     def reset(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -123,9 +128,9 @@ class Recorder:
 
 
 @torch.compiler.assume_constant_result
-def note_traced(recorder: Recorder, reason: str) -> None:
+def note_traced(key: str, reason: str) -> None:
     """Runs when torch.compile traces a call, not when the graph runs."""
-    recorder.compiled[reason] += 1
+    find(key).compiled[reason] += 1
 
 
 def count_visible_blocks(
