@@ -397,9 +397,8 @@ class BlockMask:
 
     def expand(self, batch: int, heads: int) -> BlockMask:
         """The mask with dimensions of 1 expanded to ``batch`` and ``heads``, without a copy."""
-        for name, size, have in zip(
-            ("batch", "heads"), (batch, heads), self.kv_num_blocks.shape, strict=False
-        ):
+        has_batch, has_heads, _ = self.kv_num_blocks.shape
+        for name, size, have in (("batch", batch, has_batch), ("heads", heads, has_heads)):
             validation.check_integer(name, size, 0)
             if have not in (1, size):
                 raise ValueError(f"{name}={size}, but the mask has {have}; only 1 can be expanded")
