@@ -63,7 +63,7 @@ class MinLength:
 def _crossover(
     key: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
 ) -> tuple[int | None, int, str] | None:
-    """`expected_crossover` for the `MinLength` of that key, as what is constant to torch.compile."""
+    """`expected_crossover` for the `MinLength` of a key, as what is constant to torch.compile."""
     found = expected_crossover(find(key).config, device, dtype, head_dim, is_causal)
     return None if found is None else astuple(found)
 
