@@ -43,6 +43,7 @@ _EXPORTS = {
     "SparsityConfig": "config",
     "apply": "integrations",
     "observe": "integrations",
+    "EntropyRegularizer": "regularizer",
     "register": "integrations",
 }
 

@@ -6,6 +6,8 @@ numbers of heads: query head h reads key head h // (Hq // Hkv).
 
 Query i of batch row b stands at key position ``i + kv_lens[b] - q_lens[b]`` (the lengths default
 to the full ones), so causal attention is aligned to the last valid key.
+
+Under torch.autocast the inputs are cast to its dtype, as for `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from entropy_attn import backend as backend_table
 from entropy_attn import ops
 from entropy_attn import validation as check
+from entropy_attn.autocast import follow_autocast
 from entropy_attn.entropy import AttentionEntropy
 from entropy_attn.masks import BlockMask
 
@@ -150,6 +153,7 @@ def block_sparse_attention(
         TypeError, ValueError: an argument is not allowed; the message names it.
         BackendUnavailable: a named backend cannot run this call.
     """
+    query, key, value = follow_autocast(query, key, value)
     args = _validated(
         query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window, needs_mask=True
     )
@@ -199,6 +203,7 @@ def attention_with_entropy(
         out (B, Hq, Nq, D) and the entropies in nats.
     """
     kinds = check.check_entropy_kinds(kinds)
+    query, key, value = follow_autocast(query, key, value)
     args = _validated(
         query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window, block_size
     )
@@ -234,6 +239,7 @@ def tile_mass(
         (B, Hq, Mq, Mk) fp32: the mean, over the tile's queries that see a key, of their attention
         to the tile's keys. Each row of tiles sums to 1, or to 0 where no query sees a key.
     """
+    query, key = follow_autocast(query, key)
     args = _validated(
         query, key, None, block_mask, is_causal, scale, kv_lens, q_lens, window, block_size
     )
@@ -292,6 +298,7 @@ def explain(
     For the kernels the reason then says how the two compare at these lengths, by what was measured;
     the density of the mask is not read.
     """
+    query, key, value = follow_autocast(query, key, value)
     args = _validated(query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window)
     choice = args.choose(backend, wants_statistics=return_lse)
     if backend != "auto" or choice.backend != "triton" or args.keeps_all:

@@ -31,7 +31,7 @@ MASKS = (
 API = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
     "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
-    "entropy_attn.errors", "entropy_attn.traced", *MASKS,
+    "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", *MASKS,
 )  # fmt: skip
 # The modules where the API meets the kernels.
 BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops")
@@ -44,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.reference": PLAIN,
     "entropy_attn.errors": (),
     "entropy_attn.traced": (),
+    "entropy_attn.autocast": (),
     "entropy_attn.entropy": (),
     "entropy_attn.block_lists": (),
     "entropy_attn.testing": PLAIN,
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
     "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
+    "entropy_attn.regularizer": ("entropy_attn.regularizer", "entropy_attn.integrations", *API),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),
     "entropy_attn.__init__": ("entropy_attn.integrations.registration",),
     "entropy_attn.cli": ("entropy_attn",),
@@ -61,7 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 MAY_VALIDATE = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
-    "entropy_attn.integrations", "entropy_attn.partition",
+    "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
 )  # fmt: skip
 
 

@@ -169,11 +169,15 @@ def visible_blocks(
     kv_lens: Tensor | None = None,
     q_lens: Tensor | None = None,
     batch: int = 1,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """(B, Mq) int64: how many blocks of keys hold a key that a block of queries may see."""
+    """(B, Mq) int64: how many blocks of keys hold a key that a block of queries may see.
+
+    On the device of the lengths if there are any, else on ``device``.
+    """
     block_q, block_k = block_size
     lengths = kv_lens if kv_lens is not None else q_lens
-    device = None if lengths is None else lengths.device
+    device = device if lengths is None else lengths.device
     k_end = _column(kv_lens, batch, kv_len, device)
     q_end = _column(q_lens, batch, q_len, device)
     first = torch.arange(0, q_len, block_q, device=device)[None, :]

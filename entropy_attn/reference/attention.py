@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn.reference.dense import entropy, sum_blocks
+from entropy_attn.reference.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
+@without_autocast
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -150,6 +152,7 @@ def attention_forward(
     return out, lse, row, block
 
 
+@without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -220,11 +223,13 @@ def _grad_of_entropy(probabilities: Tensor, grad: Tensor) -> Tensor:
     return -(log + entropy(probabilities)[..., None]) * grad[..., None]
 
 
+@without_autocast
 def tile_entropy(query: Tensor, key: Tensor, problem: Problem) -> Tensor:
     """(B, Hq, Mq): entropy of the masses of each row of tiles."""
     return entropy(tile_mass(query, key, problem)).clamp(min=0)
 
 
+@without_autocast
 def tile_mass(query: Tensor, key: Tensor, problem: Problem) -> Tensor:
     """(B, Hq, Mq, Mk): mean attention mass of each tile over its rows that see a key."""
     batch, heads, q_len, _ = query.shape

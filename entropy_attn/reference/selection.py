@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_attn.reference.attention import compute_dtype
 from entropy_attn.reference.dense import entropy, sum_blocks
+from entropy_attn.reference.precision import without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ def _ends(lens: Tensor | None, length: int, device: torch.device) -> Tensor:
     return lens.to(torch.int64).clamp(max=length).view(-1, 1, 1)
 
 
+@without_autocast
 def pool_tokens(tokens: Tensor, lens: Tensor | None, pool: int) -> Tensor:
     """(B, H, ceil(N / pool), D): means of groups of ``pool`` tokens, over the valid ones.
 
@@ -92,6 +94,7 @@ def envelope_tokens(
     return centre.to(tokens.dtype), half.square().sum(-1).sqrt() * spread
 
 
+@without_autocast
 def antidiagonal_rows(tokens: Tensor, lens: Tensor | None, stride: int, reverse: bool) -> Tensor:
     """(B, H, ceil(N / stride), stride * D): the tokens of each group side by side, 0 for padding.
 
@@ -106,6 +109,7 @@ def antidiagonal_rows(tokens: Tensor, lens: Tensor | None, stride: int, reverse:
     return (rows.flip(3) if reverse else rows).flatten(3)
 
 
+@without_autocast
 def score_tiles(
     query_groups: Tensor,
     key_groups: Tensor,

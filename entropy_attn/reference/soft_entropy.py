@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from entropy_attn.reference.precision import without_autocast
+
 # Entries of a chunk's (points, cells) or (points, d) tensor.
 CHUNK_ENTRIES = 1 << 21
 
@@ -72,6 +74,7 @@ class _Balls:
         return 2 * product - self.anchors.square().sum(-1)[..., None, :]
 
 
+@without_autocast
 def range_mass(
     points: Tensor, anchors: Tensor, alpha: Tensor, weights: Tensor | None, with_peak: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +93,7 @@ def range_mass(
     return sums, lse, peak
 
 
+@without_autocast
 def range_gradients(
     points: Tensor,
     anchors: Tensor,
@@ -132,6 +136,7 @@ def range_gradients(
     return point_grad, gradient, slope * scale, expected
 
 
+@without_autocast
 def nearest_anchor(points: Tensor, anchors: Tensor) -> Tensor:
     """(..., n) int64: the anchor that is closest to each point, the first of equals."""
     balls = _Balls(anchors)
@@ -169,6 +174,7 @@ def _signs(planes: int, like: Tensor) -> Tensor:
     return ((patterns >> torch.arange(planes, device=like.device)) & 1).to(like.dtype) - 0.5
 
 
+@without_autocast
 def halfspace_mass(
     points: Tensor, normals: Tensor, offsets: Tensor, tau: Tensor, weights: Tensor | None
 ) -> Tensor:
@@ -182,6 +188,7 @@ def halfspace_mass(
     return sums.flatten(-2)
 
 
+@without_autocast
 def halfspace_gradients(
     points: Tensor,
     normals: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn import validation as check
+from entropy_attn.autocast import follow_autocast
 from entropy_attn.masks import BlockMask
 from entropy_attn.reference.selection import Geometry
 from entropy_attn.selection import ops
@@ -92,6 +93,7 @@ def select_blocks(
     scorer = DEFAULT_SCORER if scorer is None else scorer
     if not callable(scorer):
         raise TypeError(f"scorer must be Envelope(), Pooled(), … or a callable, got {scorer!r}")
+    query, key = follow_autocast(query, key)
     geometry = make_geometry(query, key, block_size, is_causal, kv_lens, q_lens, window)
     rules = _Rules(budget, sink, local)
     scale = check.check_scale(scale, query.shape[3])

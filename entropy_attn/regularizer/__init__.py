@@ -1,0 +1,5 @@
+"""EntropyRegularizer: train a model so that few blocks of its attention matter."""
+
+from entropy_attn.regularizer.regularizer import EntropyRegularizer, RegularizerStatistics
+
+__all__ = ["EntropyRegularizer", "RegularizerStatistics"]
