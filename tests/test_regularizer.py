@@ -111,6 +111,41 @@ def test_padding_does_not_count(side, fraction):
         torch.testing.assert_close(regularizer.penalty().double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.999])
+def test_packed_sequences_are_measured_one_by_one(fraction):
+    model, ids, lengths = trained("llama"), tokens(1, 200), (70, 99, 31)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    expected = by_definition(model, "density", [{"input_ids": i} for i in ids.split(lengths, 1)])
+    options = WHOLE | {"tile_fraction": fraction}
+    with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
+        model(ids, position_ids=positions, use_cache=False)
+        torch.testing.assert_close(regularizer.penalty().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_timm(fraction):
+    from timm_or_stub import timm
+
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=48, patch_size=4, embed_dim=64, depth=2, num_heads=4, num_classes=10
+    ).train()
+    images = torch.randn(2, 3, 48, 48)
+    plain, found = model(images), []
+    options = WHOLE | {"tile_fraction": fraction}
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        with ea.EntropyRegularizer(model, weight=2.0, **options) as regularizer:
+            out = model(images)
+            torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+            found.append(gradients(model, out.square().sum() + regularizer.penalty()))
+    assert_same(*found, rtol=1e-5, atol=1e-6)
+    with ea.observe(model, block_size=BLOCK) as observation, torch.no_grad():
+        model(images)
+    if fraction == 1.0:
+        effective = torch.cat([layer.effective_blocks for layer in observation.layers]).mean()
+        assert regularizer.stats().measure == pytest.approx(float(effective) / 10, rel=1e-5)
+
+
 @given(tiles=st.integers(1, 40), fraction=st.floats(0.01, 1.0))
 def test_every_tile_is_as_likely(tiles, fraction):
     size, draws = sample_size(tiles, fraction), 40
