@@ -87,6 +87,8 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("attention", "speed of the kernels, forward and backward, against all baselines"),
         Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
+        Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
+        Suite("train", "what the regularizer adds to a training step"),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import entropy_attn as ea
 from entropy_attn.regularizer.control import DualAscent, FixedWeight
 from entropy_attn.regularizer.sampling import sample_size, sampled_tiles
+from entropy_attn.testing import assert_close_to_reference
 
 BLOCK = 16
 WHOLE = {"block_size": BLOCK, "tile_fraction": 1.0, "warmup_steps": 0}
@@ -494,3 +495,61 @@ def test_survives_what_becomes_of_the_model():
     assert model.config._attn_implementation == "sdpa"
     copied = copy.deepcopy(model)
     assert torch.equal(loss_of(copied), loss_of(model))
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_kernels_compute_what_the_reference_does(fraction, padded):
+    """Penalty and gradients in fp32 on a GPU, against fp32 and fp64 on the CPU."""
+    mask = padding_mask("left")[:2] if padded else torch.ones(2, 200, dtype=torch.int64)
+    ids, found = tokens(2, 200), []
+    options = {"block_size": 32, "tile_fraction": fraction, "warmup_steps": 0}
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64)):
+        model = trained("llama", dtype).to(device)
+        with ea.EntropyRegularizer(model, weight=2.0, **options) as regularizer:
+            loss_of(model, mask.to(device), ids.to(device))
+            penalty = regularizer.penalty()
+            gradient = gradients(model, penalty)
+            found.append({"penalty": penalty.detach(), **gradient})
+    for name, got in found[0].items():
+        references = (found[1][name], found[2][name])
+        size = references[1].abs().max().item()
+        assert_close_to_reference(got.cpu(), *references, name, magnitude=10 * size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [1.0, 0.125])
+def test_training_does_not_wait_for_the_device(fraction):
+    model = trained("llama", torch.bfloat16).cuda()
+    ids = tokens(2, 512 - 12).cuda()
+    with ea.EntropyRegularizer(model, target_density=0.1, tile_fraction=fraction) as regularizer:
+
+        def step() -> None:
+            out = model(ids, use_cache=False).logits
+            (out.float().square().mean() + regularizer.penalty()).backward()
+            regularizer.step()
+
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert 0 < regularizer.stats().density <= 1
+
+
+@pytest.mark.gpu
+def test_a_step_takes_no_memory_of_all_pairs():
+    """At 32,768 tokens one head's scores alone would be 2 GiB."""
+    model = trained("llama", torch.bfloat16).cuda()
+    ids = tokens(1, 32768).cuda()
+    with ea.EntropyRegularizer(model, weight=1.0) as regularizer:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        (hidden.float().square().mean() + regularizer.penalty()).backward()
+        assert torch.cuda.max_memory_allocated() - before < 2**30
