@@ -7,6 +7,7 @@ from torch import Tensor
 
 # torch leaves fp64 alone as well.
 CAST = (torch.float16, torch.bfloat16, torch.float32)
+DEVICES = ("cpu", "cuda")
 
 
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -18,6 +19,6 @@ def _follow(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in CAST:
         return tensor  # for validation to judge
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in DEVICES or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))

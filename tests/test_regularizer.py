@@ -152,7 +152,7 @@ def test_every_tile_is_as_likely(tiles, fraction):
     size, draws = sample_size(tiles, fraction), 40
     taken = torch.zeros(tiles)
     for draw in range(draws * tiles):
-        chosen = sampled_tiles(tiles, size, torch.tensor((draw + 0.5) / (draws * tiles)))
+        (chosen,) = sampled_tiles(tiles, size, torch.tensor([(draw + 0.5) / (draws * tiles)]))
         assert chosen.sum() == size
         taken += chosen
     torch.testing.assert_close(taken, torch.full((tiles,), float(size * draws)), atol=1.01, rtol=0)
@@ -164,8 +164,7 @@ def _measures_of_samples(model, fraction: float, draws: int) -> list[float]:
     options = WHOLE | {"tile_fraction": fraction}
     with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
         for draw in range(draws):
-            for layer in regularizer.layers:
-                layer.start.fill_((draw + 0.5) / draws)
+            regularizer._starts.fill_((draw + 0.5) / draws)
             with torch.enable_grad():
                 loss_of(model)
                 found.append(float(regularizer.penalty()))
@@ -201,17 +200,15 @@ def test_the_model_attends_as_before(family):
     assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_one_pass_and_a_pass_of_its_own_agree():
-    """Over dense attention the entropies come with the output; over sparse, by themselves."""
-    model = trained("llama")
-    found = []
-    for config in (None, KEEP_ALL):
-        handle = ea.apply(model, config) if config else None
-        with ea.EntropyRegularizer(model, weight=2.0, **WHOLE) as regularizer:
-            found.append(gradients(model, loss_of(model) + regularizer.penalty()))
-        if handle is not None:
-            handle.remove()
-    assert_same(*found, rtol=1e-5, atol=1e-7)
+def test_calls_are_measured_together_or_apart(monkeypatch):
+    model, found = trained("llama"), []
+    for chunk in (2**30, 1):
+        monkeypatch.setattr("entropy_attn.regularizer.measure.CHUNK_BYTES", chunk)
+        with ea.EntropyRegularizer(model, weight=2.0, block_size=BLOCK) as regularizer:
+            loss = loss_of(model) + loss_of(model, padding_mask("left", 100)[:2])
+            loss = loss + loss_of(model, ids=tokens(1, 60))
+            found.append(gradients(model, loss + regularizer.penalty()))
+    assert_same(*found, rtol=1e-6, atol=1e-9)
 
 
 def test_evaluation_is_not_measured():
@@ -301,18 +298,18 @@ def test_autocast():
 
 
 def test_half_of_the_layers():
+    """Every step measures one of two layers; over the steps they average to the whole."""
     model = trained("llama")
+    (whole,) = _measures_of_samples(model, 1.0, 1)
     options = WHOLE | {"layer_fraction": 0.5}
     with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
         measured = set()
         for _ in range(20):
             loss_of(model)
-            waiting = [bool(layer.waiting) for layer in regularizer.layers]
-            assert sum(waiting) == 1
-            measured.add(tuple(waiting))
-            regularizer.penalty()
+            measured.add(float(regularizer.penalty()))
             regularizer.step()
     assert len(measured) == 2
+    assert sum(measured) / 2 == pytest.approx(whole, rel=1e-5)
 
 
 # --- the weight ---------------------------------------------------------------------------------
@@ -504,7 +501,11 @@ def test_survives_what_becomes_of_the_model():
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 def test_kernels_compute_what_the_reference_does(fraction, padded):
-    """Penalty and gradients in fp32 on a GPU, against fp32 and fp64 on the CPU."""
+    """Penalty and gradients in fp32 on a GPU, against fp32 and fp64 on the CPU.
+
+    The errors of plain fp32 themselves differ by such a factor from one order of sums to another:
+    two layers with fifteen times the usual weights amplify them.
+    """
     mask = padding_mask("left")[:2] if padded else torch.ones(2, 200, dtype=torch.int64)
     ids, found = tokens(2, 200), []
     options = {"block_size": 32, "tile_fraction": fraction, "warmup_steps": 0}
@@ -518,18 +519,18 @@ def test_kernels_compute_what_the_reference_does(fraction, padded):
     for name, got in found[0].items():
         references = (found[1][name], found[2][name])
         size = references[1].abs().max().item()
-        assert_close_to_reference(got.cpu(), *references, name, magnitude=10 * size)
+        assert_close_to_reference(got.cpu(), *references, name, 5.0, magnitude=size)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fraction", [1.0, 0.125])
 def test_training_does_not_wait_for_the_device(fraction):
-    model = trained("llama", torch.bfloat16).cuda()
-    ids = tokens(2, 512 - 12).cuda()
+    model = trained("vit", torch.bfloat16).cuda()  # for Llama transformers itself waits
+    inputs = {"pixel_values": torch.randn(2, 3, 48, 48, device="cuda", dtype=torch.bfloat16)}
     with ea.EntropyRegularizer(model, target_density=0.1, tile_fraction=fraction) as regularizer:
 
         def step() -> None:
-            out = model(ids, use_cache=False).logits
+            out = model(**inputs).logits
             (out.float().square().mean() + regularizer.penalty()).backward()
             regularizer.step()
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from entropy_attn.integrations.sites import Installation, check_reach, find_sites
 from entropy_attn.regularizer.control import Control, DualAscent, FixedWeight
-from entropy_attn.regularizer.layer import MEASURES, RegularizedLayer, Settings, Sums
+from entropy_attn.regularizer.layer import RegularizedLayer
+from entropy_attn.regularizer.measure import MEASURES, Settings, Sums, measure_calls
 from entropy_attn.validation import check_block_size, check_integer, check_positive, check_share
 
 # Steps between looks at whether the target can be met, the only time that a step waits.
@@ -91,8 +92,7 @@ class EntropyRegularizer:
         block_size: of the blocks and tiles, in tokens; the one you will run sparse with.
         tile_fraction: of the blocks of queries that are measured in each call, at random, without
             bias. 1 measures all of them.
-        layer_fraction: of the layers that are measured in each step, at random. Less than 1 does
-            not work under torch.compile.
+        layer_fraction: of the layers that are measured in each step, at random.
         warmup_steps: steps in which the target falls to ``target_density``, or in which the
             weight grows to ``weight``.
         rate, damping, max_weight: of the `DualAscent`.
@@ -164,10 +164,7 @@ class EntropyRegularizer:
         self._count = 0
         self._has_penalty = False
         self._has_warned = False
-        self.layers = tuple(
-            RegularizedLayer(site, settings, start)
-            for site, start in zip(sites, self._starts.unbind(), strict=True)
-        )
+        self.layers = tuple(RegularizedLayer(site, index) for index, site in enumerate(sites))
         self._draw()
         self._installation = Installation(sites, self.layers)
 
@@ -197,19 +194,21 @@ class EntropyRegularizer:
         Raises:
             RuntimeError: no attention was measured since the last call.
         """
-        sums = [found for layer in self.layers for found in layer.take()]
-        if not sums:
+        taken = [layer.take() for layer in self.layers]
+        seen = [call for index in sorted(self._active) for call in taken[index]]
+        if not seen:
             raise RuntimeError(
                 "no attention was measured: run the model in training mode and with gradients "
                 "before penalty(). Under reentrant activation checkpointing the forward has no "
                 'gradients: pass {"use_reentrant": False} to gradient_checkpointing_enable'
             )
+        sums = measure_calls(seen, self._starts, self.settings)
         self._move(sums[0].measure.device)
-        measure = self._total(sums, "measure") / self._total(sums, "count").clamp(min=1.0)
+        measure = self._total(sums, "measure") / self._total(sums, "count").clamp(min=1)
         with torch.no_grad():
             self._measure.copy_(measure)
-            seen = [self._total(sums, name) for name in ("kept", "visible", "tiles")]
-            self._seen += torch.stack(seen)
+            blocks = [self._total(sums, name) for name in ("kept", "visible", "tiles")]
+            self._seen += torch.stack(blocks)
             weight = self._control.weight(self._steps)
         self._has_penalty = True
         return weight * measure
@@ -300,9 +299,7 @@ class EntropyRegularizer:
         count, share = len(self.layers), self.layer_fraction
         size = max(1, round(count * share))
         first = self._random.random()
-        active = {int((k + first) * count / size) for k in range(size)}
-        for index, layer in enumerate(self.layers):
-            layer.active = index in active
+        self._active = {min(count - 1, int((k + first) * count / size)) for k in range(size)}
 
     def _move(self, device: torch.device) -> None:
         """Follow a model that was moved after the regularizer was made."""
@@ -310,8 +307,6 @@ class EntropyRegularizer:
             return
         for name in ("_steps", "_measure", "_seen", "_last", "_starts"):
             setattr(self, name, getattr(self, name).to(device))
-        for layer, start in zip(self.layers, self._starts.unbind(), strict=True):
-            layer.start = start
         state = self._control.state
         state.update({name: value.to(device) for name, value in state.items()})
 

@@ -16,15 +16,16 @@ def sample_size(tiles: int, fraction: float) -> int:
     return min(tiles, max(1, round(tiles * fraction)))
 
 
-def sampled_tiles(tiles: int, size: int, start: Tensor) -> Tensor:
-    """(M,) bool: which of ``tiles`` blocks are in the sample.
+def sampled_tiles(tiles: int, size: int, starts: Tensor) -> Tensor:
+    """(B, M) bool: which of ``tiles`` blocks are in the sample of each row.
 
     Args:
-        size: of the sample.
-        start: u, a tensor without dimensions, on the device of the result.
+        size: of the samples.
+        starts: (B,) the u of each row, on the device of the result.
     """
+    chosen = torch.zeros(len(starts), tiles, dtype=torch.bool, device=starts.device)
     if size == 0:
-        return torch.zeros(tiles, dtype=torch.bool, device=start.device)
-    places = (torch.arange(size, device=start.device) + start) * (tiles / size)
-    places = places.long().clamp(max=tiles - 1)  # the last one may be rounded up to M
-    return torch.zeros(tiles, dtype=torch.bool, device=start.device).index_fill(0, places, True)
+        return chosen
+    steps = torch.arange(size, device=starts.device)
+    places = ((steps + starts[:, None]) * (tiles / size)).long()
+    return chosen.scatter(1, places.clamp(max=tiles - 1), True)  # the last may be rounded up to M
