@@ -291,13 +291,13 @@ def test_compiles_into_one_graph(padded):
 def test_compiles_on_a_gpu(mode):
     """By Inductor, with CUDA graphs in the second mode; the sizes pay, so that "auto" is sparse."""
     config = transformers.LlamaConfig(
-        hidden_size=1024, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=4, vocab_size=64, max_position_embeddings=32768,
+        hidden_size=1152, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=18,
+        num_key_value_heads=6, vocab_size=1000, max_position_embeddings=32768,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     for length, is_sparse in ((16384, True), (512, False)):
-        ids = torch.randint(64, (1, length), device="cuda")
+        ids = torch.randint(1000, (1, length), device="cuda")
         with ea.apply(model, ea.SparsityConfig(budget=ea.TopK(0.2))) as handle:
             eager = model(ids, use_cache=False, logits_to_keep=64).logits
             compiled = torch.compile(model, fullgraph=True, mode=mode)

@@ -8,18 +8,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from integration_models import KEEP_ALL, build, inputs_of, padding_mask, tokens
 from torch import Tensor, nn
 
 import entropy_attn as ea
 from entropy_attn.regularizer.control import DualAscent, FixedWeight
-from entropy_attn.regularizer.sampling import sample_size, sampled_tiles
+from entropy_attn.regularizer.measure import measure_calls
+from entropy_attn.regularizer.sampling import Sample
 from entropy_attn.testing import assert_close_to_reference
 
 BLOCK = 16
-WHOLE = {"block_size": BLOCK, "tile_fraction": 1.0, "warmup_steps": 0}
+WHOLE = {"block_size": BLOCK, "tile_fraction": 1.0, "layer_fraction": 1.0, "warmup_steps": 0}
 CPU = torch.device("cpu")
 
 
@@ -99,28 +100,49 @@ def test_is_what_the_attention_weights_say(family, measure):
         assert_same(gradients(model, penalty), wanted, rtol=1e-4, atol=1e-6)
 
 
+def measure_over(draws: int, fraction: float, model, run, monkeypatch) -> float:
+    """The measure of all that ``run`` attends to, put together from samples of every draw."""
+    sums = []
+
+    def spy(*args):
+        sums.extend(measure_calls(*args))
+        return sums[-1:]
+
+    monkeypatch.setattr("entropy_attn.regularizer.regularizer.measure_calls", spy)
+    options = WHOLE | {"tile_fraction": fraction}
+    with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
+        for draw in range(draws):
+            regularizer._host_draws = [(draw + 0.5) / draws] * 2
+            regularizer._draws.fill_((draw + 0.5) / draws)
+            run()
+            regularizer.penalty()
+    return sum(s.measure.item() for s in sums) / sum(s.count.item() for s in sums)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("fraction", [1.0, 0.999])
-def test_padding_does_not_count(side, fraction):
+@pytest.mark.parametrize("fraction", [1.0, 1 / 14])
+def test_padding_does_not_count(side, fraction, monkeypatch):
     model, mask = trained("llama"), padding_mask(side, 100)[:2]
     ids = tokens(*mask.shape)
     batch = [{"input_ids": i[m.bool()][None]} for i, m in zip(ids, mask, strict=True)]
     expected = by_definition(model, "density", batch)
-    options = WHOLE | {"tile_fraction": fraction}
-    with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
-        loss_of(model, mask, ids)
-        torch.testing.assert_close(regularizer.penalty().double(), expected, rtol=1e-6, atol=0)
+    draws = 1 if fraction == 1.0 else 14  # two rows of seven blocks
+    found = measure_over(draws, fraction, model, lambda: loss_of(model, mask, ids), monkeypatch)
+    assert found == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.999])
-def test_packed_sequences_are_measured_one_by_one(fraction):
+@pytest.mark.parametrize("fraction", [1.0, 0.01])
+def test_packed_sequences_are_measured_one_by_one(fraction, monkeypatch):
     model, ids, lengths = trained("llama"), tokens(1, 200), (70, 99, 31)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     expected = by_definition(model, "density", [{"input_ids": i} for i in ids.split(lengths, 1)])
-    options = WHOLE | {"tile_fraction": fraction}
-    with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
+
+    def run():
         model(ids, position_ids=positions, use_cache=False)
-        torch.testing.assert_close(regularizer.penalty().double(), expected, rtol=1e-6, atol=0)
+
+    draws = 1 if fraction == 1.0 else 70  # five, seven and two blocks
+    found = measure_over(draws, fraction, model, run, monkeypatch)
+    assert found == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
@@ -147,38 +169,44 @@ def test_timm(fraction):
         assert regularizer.stats().measure == pytest.approx(float(effective) / 10, rel=1e-5)
 
 
-@given(tiles=st.integers(1, 40), fraction=st.floats(0.01, 1.0))
-def test_every_tile_is_as_likely(tiles, fraction):
-    size, draws = sample_size(tiles, fraction), 40
-    taken = torch.zeros(tiles)
-    for draw in range(draws * tiles):
-        (chosen,) = sampled_tiles(tiles, size, torch.tensor([(draw + 0.5) / (draws * tiles)]))
-        assert chosen.sum() == size
-        taken += chosen
-    torch.testing.assert_close(taken, torch.full((tiles,), float(size * draws)), atol=1.01, rtol=0)
+@settings(deadline=None, max_examples=50)
+@given(batch=st.integers(1, 12), tiles=st.integers(1, 12), fraction=st.floats(0.01, 1.0))
+def test_every_block_is_as_likely(batch, tiles, fraction):
+    """Over an even grid of draws each block of each row is taken equally often."""
+    sample = Sample.of(fraction, batch, tiles)
+    draws = 2 * batch * tiles * sample.size
+    taken = torch.zeros(batch, tiles)
+    for draw in (torch.arange(draws, dtype=torch.float64) + 0.5) / draws:
+        first = sample.first_row(float(draw))
+        chosen = sample.chosen_tiles(draw[None])
+        rows = slice(first, first + sample.rows)
+        taken[rows] += 1 if chosen is None else chosen
+        if chosen is not None:
+            assert (chosen.sum(1) == sample.size).all()
+    torch.testing.assert_close(taken, torch.full_like(taken, draws / sample.scale), atol=1, rtol=0)
+    assert sample.rows * sample.size <= max(fraction * batch * tiles + 0.5, 1)
 
 
-@torch.no_grad()
 def _measures_of_samples(model, fraction: float, draws: int) -> list[float]:
     found = []
     options = WHOLE | {"tile_fraction": fraction}
     with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
         for draw in range(draws):
-            regularizer._starts.fill_((draw + 0.5) / draws)
-            with torch.enable_grad():
-                loss_of(model)
-                found.append(float(regularizer.penalty()))
+            regularizer._host_draws = [(draw + 0.5) / draws] * 2
+            regularizer._draws.fill_((draw + 0.5) / draws)
+            loss_of(model)
+            found.append(regularizer.penalty().item())
     return found
 
 
-def test_samples_are_unbiased():
-    """Seven tiles: over all seven starts, samples of any size average to the whole."""
+@pytest.mark.parametrize("fraction", [0.5, 1 / 14, 3 / 14])
+def test_samples_are_unbiased(fraction):
+    """Two rows of seven blocks: over all fourteen draws, samples of any size average to all."""
     model = trained("llama")
     (whole,) = _measures_of_samples(model, 1.0, 1)
-    for fraction in (1 / 7, 3 / 7):
-        samples = _measures_of_samples(model, fraction, 7)
-        assert max(samples) - min(samples) > 1e-3
-        assert sum(samples) / 7 == pytest.approx(whole, rel=1e-5)
+    samples = _measures_of_samples(model, fraction, 14)
+    assert max(samples) - min(samples) > 1e-3
+    assert sum(samples) / 14 == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "vit", "bert"])
@@ -388,7 +416,7 @@ def test_reaches_its_target_and_sparse_attention_then_costs_less():
 def test_a_target_out_of_reach_is_reported():
     model = trained("llama", torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    options = {"block_size": 64, "tile_fraction": 1.0, "max_weight": 0.5}
+    options = WHOLE | {"block_size": 64, "max_weight": 0.5}
     with ea.EntropyRegularizer(model, target_density=0.1, **options) as regularizer:
 
         def train(steps: int) -> None:
@@ -508,7 +536,7 @@ def test_kernels_compute_what_the_reference_does(fraction, padded):
     """
     mask = padding_mask("left")[:2] if padded else torch.ones(2, 200, dtype=torch.int64)
     ids, found = tokens(2, 200), []
-    options = {"block_size": 32, "tile_fraction": fraction, "warmup_steps": 0}
+    options = WHOLE | {"block_size": 32, "tile_fraction": fraction}
     for device, dtype in (("cuda", torch.float32), ("cpu", torch.float32), ("cpu", torch.float64)):
         model = trained("llama", dtype).to(device)
         with ea.EntropyRegularizer(model, weight=2.0, **options) as regularizer:

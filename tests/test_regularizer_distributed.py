@@ -18,7 +18,9 @@ import entropy_attn as ea
 WORLD = 2
 STEPS = 3
 # No warm-up: the steered weight counts from the second step on.
-OPTIONS = {"target_density": 0.3, "block_size": 16, "warmup_steps": 0, "rate": 0.3}
+OPTIONS = {
+    "target_density": 0.3, "block_size": 16, "layer_fraction": 1.0, "warmup_steps": 0, "rate": 0.3
+}  # fmt: skip
 LENGTH = 100
 
 
@@ -26,11 +28,13 @@ def batch_of(step: int, rank: int) -> Tensor:
     return tokens(1, LENGTH, seed=10 * step + rank)
 
 
-def train(model: nn.Module, wrapped: nn.Module, regularizer, batches) -> None:
+def train(model: nn.Module, wrapped: nn.Module, regularizer, batches: list[list[Tensor]]) -> None:
+    """A step for each list of micro-batches."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    for ids in batches:
-        loss = wrapped(ids, labels=ids, use_cache=False).loss + regularizer.penalty()
-        loss.backward()
+    for parts in batches:
+        for ids in parts:
+            loss = wrapped(ids, labels=ids, use_cache=False).loss + regularizer.penalty()
+            (loss / len(parts)).backward()
         optimizer.step()
         optimizer.zero_grad()
         regularizer.step()
@@ -56,7 +60,7 @@ def run(rank: int, port: int, kind: str, fraction: float, folder: str) -> None:
         wrapped = fully_shard(model, mesh=mesh)
         if kind == "fsdp, checkpointing":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    train(model, wrapped, regularizer, [batch_of(step, rank) for step in range(STEPS)])
+    train(model, wrapped, regularizer, [[batch_of(step, rank)] for step in range(STEPS)])
     parameters = {
         name: p.full_tensor() if hasattr(p, "full_tensor") else p
         for name, p in model.named_parameters()
@@ -82,7 +86,7 @@ def test_two_processes_learn_what_one_does(kind, fraction, tmp_path):
     assert (density, weight) == second[1:]
 
     model, regularizer = make(fraction)
-    batches = [torch.cat([batch_of(step, rank) for rank in range(WORLD)]) for step in range(STEPS)]
+    batches = [[batch_of(step, rank) for rank in range(WORLD)] for step in range(STEPS)]
     train(model, model, regularizer, batches)
     assert density == pytest.approx(regularizer.stats().density, rel=1e-5)
     assert weight == pytest.approx(regularizer.stats().weight, rel=1e-4)

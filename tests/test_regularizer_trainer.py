@@ -9,7 +9,7 @@ from integration_models import build, tokens, transformers
 import entropy_attn as ea
 from entropy_attn.regularizer.trainer import STATE_FILE, EntropyCallback
 
-OPTIONS = {"block_size": 16, "tile_fraction": 1.0, "warmup_steps": 0}
+OPTIONS = {"block_size": 16, "tile_fraction": 1.0, "layer_fraction": 1.0, "warmup_steps": 0}
 
 
 class Sequences(torch.utils.data.Dataset):

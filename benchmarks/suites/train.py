@@ -56,13 +56,14 @@ def cases(form: str) -> list[Case]:
 def settings(form: str) -> dict[str, dict[str, float]]:
     """The regularizers, by name."""
     found = {
-        "1/8 of the blocks": {"tile_fraction": 0.125},
-        "1/16 of the blocks": {"tile_fraction": 0.0625},
+        "1/8 of the blocks": {"tile_fraction": 0.125, "layer_fraction": 1.0},
+        "1/16 of the blocks": {"tile_fraction": 0.0625, "layer_fraction": 1.0},
         "1/8 of the blocks, half of the layers": {"tile_fraction": 0.125, "layer_fraction": 0.5},
-        "all blocks": {"tile_fraction": 1.0},
+        "all blocks": {"tile_fraction": 1.0, "layer_fraction": 1.0},
         "all blocks, 1/8 of the layers": {"tile_fraction": 1.0, "layer_fraction": 0.125},
     }
-    return found if form == "full" else dict(list(found.items())[:1])
+    default = "1/8 of the blocks, half of the layers"
+    return found if form == "full" else {default: found[default]}
 
 
 def run(context: Context) -> Iterator[Row]:

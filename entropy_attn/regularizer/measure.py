@@ -16,7 +16,7 @@ from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.integrations.statistics import visible_blocks
 from entropy_attn.masks import BlockMask
 from entropy_attn.regularizer.layer import Seen
-from entropy_attn.regularizer.sampling import sample_size, sampled_tiles
+from entropy_attn.regularizer.sampling import Draws, Sample
 
 MEASURES = ("density", "tile", "block", "row")
 # Queries that are put together, which copies them: enough to keep a GPU busy, little to hold.
@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         measure: one of MEASURES.
         block_size: (block_q, block_k) in tokens.
-        tile_fraction: of the blocks of queries that are measured.
+        tile_fraction: of all blocks of queries, which is measured.
         backend: of the measurement.
     """
 
@@ -50,11 +50,12 @@ class Sums:
     """Over what some calls attended to, tensors without dimensions; of samples, scaled up.
 
     Attributes:
-        measure: of the measure, with a gradient.
-        count: of what it is summed over.
-        kept: blocks that the tiles effectively need, exp(tile entropy); 0 if it is not known.
-        visible: blocks with a visible pair.
-        tiles: blocks of queries with one.
+        measure: of the measure, with a gradient, without bias.
+        count: of what it is summed over; not of the sample's blocks, but of all of the rows.
+        kept: blocks that the sample's tiles effectively need, exp(tile entropy); 0 if unknown.
+        visible: blocks with a visible pair that these tiles see. The ratio of kept and visible
+            varies less than that of measure and count, but is only nearly without bias.
+        tiles: those with a visible pair.
     """
 
     measure: Tensor
@@ -64,22 +65,16 @@ class Sums:
     tiles: Tensor
 
 
-def measure_calls(seen: Sequence[Seen], starts: Tensor, settings: Settings) -> list[Sums]:
-    """The sums of all calls, a few for each shape that they have.
-
-    Args:
-        starts: (layers,) random starts of the samples, see `sampled_tiles`.
-    """
-    return [_measure(chunk, starts, settings) for chunk in _chunks(seen)]
-
-
-def _chunks(seen: Sequence[Seen]) -> Iterator[list[Seen]]:
-    """Calls that differ in nothing but their tensors, up to CHUNK_BYTES of queries at a time."""
+def measure_calls(seen: Sequence[Seen], draws: Draws, settings: Settings) -> list[Sums]:
+    """The sums of all calls, a few for each shape that they have."""
+    found = []
     for _, alike in groupby(sorted(seen, key=_shape), key=_shape):
         calls = list(alike)
-        query = calls[0].call.query
-        size = max(1, CHUNK_BYTES // max(1, query.numel() * query.element_size()))
-        yield from (calls[i : i + size] for i in range(0, len(calls), size))
+        batch, _, q_len, _ = calls[0].call.query.shape
+        sample = Sample.of(settings.tile_fraction, batch, -(-q_len // settings.block_size[0]))
+        for chunk in _chunks(calls, sample):
+            found.append(_measure(chunk, sample, draws, settings))
+    return found
 
 
 def _shape(seen: Seen) -> tuple[str, ...]:
@@ -90,15 +85,21 @@ def _shape(seen: Seen) -> tuple[str, ...]:
     return tuple(map(str, (*kinds, *lens, call.is_causal, call.scale, call.window)))
 
 
-def _measure(chunk: list[Seen], starts: Tensor, settings: Settings) -> Sums:
-    call, batch = _joined([seen.call for seen in chunk]), chunk[0].call.query.shape[0]
-    chosen = None
-    if settings.tile_fraction < 1.0:
-        tiles = -(-call.q_len // settings.block_size[0])
-        size = sample_size(tiles, settings.tile_fraction)
-        # Stacked, since an index made of a list would wait for the device.
-        own = torch.stack([starts[seen.layer] for seen in chunk]).to(call.query.device)
-        chosen = sampled_tiles(tiles, size, own.repeat_interleave(batch))
+def _chunks(calls: list[Seen], sample: Sample) -> Iterator[list[Seen]]:
+    """Up to CHUNK_BYTES of sampled queries at a time."""
+    query = calls[0].call.query
+    row_bytes = query.numel() // max(1, sample.batch) * query.element_size()
+    size = max(1, CHUNK_BYTES // max(1, row_bytes * sample.rows))
+    return (calls[i : i + size] for i in range(0, len(calls), size))
+
+
+def _measure(chunk: list[Seen], sample: Sample, draws: Draws, settings: Settings) -> Sums:
+    call = _joined([
+        _rows(seen.call, sample.first_row(draws.host[seen.layer]), sample.rows) for seen in chunk
+    ])  # fmt: skip
+    # Stacked, since an index made of a list would wait for the device.
+    own = torch.stack([draws.device[seen.layer] for seen in chunk])
+    chosen = sample.chosen_tiles(own.to(call.query.device))
     _, entropy = attention_with_entropy(
         call.query,
         call.key,
@@ -109,7 +110,22 @@ def _measure(chunk: list[Seen], starts: Tensor, settings: Settings) -> Sums:
         backend=settings.backend,
         **call.geometry,
     )
-    return _sum_up(call, entropy, chosen, settings)
+    return _sum_up(call, entropy, chosen, sample, settings)
+
+
+def _rows(call: AttentionCall, first: int, count: int) -> AttentionCall:
+    """A run of the call's batch rows."""
+    if count == call.query.shape[0]:
+        return call
+    key = call.key.narrow(0, first, count)
+    return replace(
+        call,
+        query=call.query.narrow(0, first, count),
+        key=key,
+        value=key,
+        kv_lens=None if call.kv_lens is None else call.kv_lens.narrow(0, first, count),
+        q_lens=None if call.q_lens is None else call.q_lens.narrow(0, first, count),
+    )
 
 
 def _joined(calls: list[AttentionCall]) -> AttentionCall:
@@ -140,28 +156,31 @@ def _rows_of_mask(chosen: Tensor, call: AttentionCall, settings: Settings) -> Bl
 
 
 def _sum_up(
-    call: AttentionCall, entropy: AttentionEntropy, chosen: Tensor | None, settings: Settings
+    call: AttentionCall,
+    entropy: AttentionEntropy,
+    chosen: Tensor | None,
+    sample: Sample,
+    settings: Settings,
 ) -> Sums:
     batch, heads = call.query.shape[:2]
     visible = _visible_blocks(call, settings.block_size)  # (B or 1, Mq)
-    repeats = heads * (batch // visible.shape[0])
     seen = visible > 0
-    tiles = visible.shape[1]
-    scale = 1.0 if chosen is None else tiles / sample_size(tiles, settings.tile_fraction)
+    row_scale = sample.batch / sample.rows  # of what is known of every block of the rows
+    repeats = heads * (batch // visible.shape[0]) * row_scale
+    sees_and_chosen = seen if chosen is None else seen & chosen
 
     def total(x: Tensor, where: Tensor) -> Tensor:
         """Of (B, H, M), where (B or 1, M)."""
-        return torch.where(where[:, None], x, 0.0).sum() * scale
+        return torch.where(where[:, None], x, 0.0).sum() * sample.scale
 
-    sees_and_chosen = seen if chosen is None else seen & chosen
-    blocks, seen_tiles = visible.sum() * repeats, seen.sum() * repeats
+    per_head = torch.ones(1, heads, 1, device=call.query.device).expand(batch, -1, -1)
     effective = torch.zeros((), device=call.query.device)
     if entropy.tile is not None:
         effective = total(entropy.tile.exp(), sees_and_chosen)
     if settings.measure == "density":
-        measure, count = effective, blocks
+        measure, count = effective, visible.sum() * repeats
     elif settings.measure == "tile":
-        measure, count = total(entropy.tile, sees_and_chosen), seen_tiles
+        measure, count = total(entropy.tile, sees_and_chosen), seen.sum() * repeats
     else:
         rows = entropy.row if settings.measure == "row" else entropy.block
         # A query that sees no key may stand in a tile from which others see one.
@@ -170,8 +189,10 @@ def _sum_up(
         if chosen is not None:
             block_q = settings.block_size[0]
             where = valid & chosen.repeat_interleave(block_q, dim=1)[:, : call.q_len]
-        measure, count = total(rows, where), valid.sum() * heads * (batch // valid.shape[0])
-    return Sums(measure, count, effective.detach(), blocks, seen_tiles)
+        measure = total(rows, where)
+        count = valid.sum() * heads * (batch // valid.shape[0]) * row_scale
+    blocks = total(visible[:, None] * per_head, sees_and_chosen)
+    return Sums(measure, count, effective.detach(), blocks, total(per_head, sees_and_chosen))
 
 
 def _visible_blocks(call: AttentionCall, block_size: tuple[int, int]) -> Tensor:

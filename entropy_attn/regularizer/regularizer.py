@@ -24,6 +24,7 @@ from entropy_attn.integrations.sites import Installation, check_reach, find_site
 from entropy_attn.regularizer.control import Control, DualAscent, FixedWeight
 from entropy_attn.regularizer.layer import RegularizedLayer
 from entropy_attn.regularizer.measure import MEASURES, Settings, Sums, measure_calls
+from entropy_attn.regularizer.sampling import Draws
 from entropy_attn.validation import check_block_size, check_integer, check_positive, check_share
 
 # Steps between looks at whether the target can be met, the only time that a step waits.
@@ -90,8 +91,8 @@ class EntropyRegularizer:
             "tile": the mean tile entropy in nats; with a fixed weight also "row" and "block",
             the mean entropies of a query over keys and over blocks of keys.
         block_size: of the blocks and tiles, in tokens; the one you will run sparse with.
-        tile_fraction: of the blocks of queries that are measured in each call, at random, without
-            bias. 1 measures all of them.
+        tile_fraction: of all blocks of queries, measured in each call: at random, without bias,
+            whole batch rows where the share is large enough. 1 measures all of them.
         layer_fraction: of the layers that are measured in each step, at random.
         warmup_steps: steps in which the target falls to ``target_density``, or in which the
             weight grows to ``weight``.
@@ -115,7 +116,7 @@ class EntropyRegularizer:
         measure: str = "density",
         block_size: int | tuple[int, int] = 64,
         tile_fraction: float = 0.125,
-        layer_fraction: float = 1.0,
+        layer_fraction: float = 0.5,
         warmup_steps: int = 100,
         rate: float = 0.01,
         damping: float = 0.5,
@@ -155,7 +156,7 @@ class EntropyRegularizer:
         else:
             self._control = self._make_ascent(rate, damping, max_weight, warmup_steps, device)
         self._random = random.Random(seed)
-        self._starts = torch.zeros(len(sites), device=device)
+        self._draws = torch.zeros(len(sites), device=device)
         self._steps = torch.zeros((), device=device)
         self._measure = torch.zeros((), device=device)
         # kept blocks, visible blocks and tiles since the last step, and those of the last step
@@ -202,7 +203,7 @@ class EntropyRegularizer:
                 "before penalty(). Under reentrant activation checkpointing the forward has no "
                 'gradients: pass {"use_reentrant": False} to gradient_checkpointing_enable'
             )
-        sums = measure_calls(seen, self._starts, self.settings)
+        sums = measure_calls(seen, Draws(self._host_draws, self._draws), self.settings)
         self._move(sums[0].measure.device)
         measure = self._total(sums, "measure") / self._total(sums, "count").clamp(min=1)
         with torch.no_grad():
@@ -294,8 +295,8 @@ class EntropyRegularizer:
     def _draw(self) -> None:
         """Which layers and which blocks of queries the next step measures."""
         self._before_draw = self._random.getstate()
-        starts = torch.tensor([self._random.random() for _ in self.layers])
-        self._starts.copy_(starts, non_blocking=True)
+        self._host_draws = [self._random.random() for _ in self.layers]
+        self._draws.copy_(torch.tensor(self._host_draws), non_blocking=True)
         count, share = len(self.layers), self.layer_fraction
         size = max(1, round(count * share))
         first = self._random.random()
@@ -305,7 +306,7 @@ class EntropyRegularizer:
         """Follow a model that was moved after the regularizer was made."""
         if self._steps.device == device:
             return
-        for name in ("_steps", "_measure", "_seen", "_last", "_starts"):
+        for name in ("_steps", "_measure", "_seen", "_last", "_draws"):
             setattr(self, name, getattr(self, name).to(device))
         state = self._control.state
         state.update({name: value.to(device) for name, value in state.items()})

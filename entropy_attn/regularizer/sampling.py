@@ -1,31 +1,78 @@
-"""Which blocks of queries are measured in a step: a systematic sample, unbiased.
+"""What is measured in a step: systematic samples of batch rows and of blocks of queries, unbiased.
 
-Of M blocks, m are taken at equal distances from a random start: block floor((k + u) M / m) for
-k = 0 .. m-1 and u uniform in [0, 1). Each block is taken with probability m / M, and under causal
-attention, where entropy grows along the sequence, every sample has its share of late blocks.
+A share of all blocks of queries is asked for. Whole batch rows come first, as they cost a GPU
+least: a run of R of the B rows. Where a share of less than one row is asked for, a part of the
+blocks of that row: of M blocks m at equal distances from a random start, block
+floor((k + u) M / m) for k = 0 .. m-1 and u uniform in [0, 1). Each row and each block is as likely
+as any other, and under causal attention, where entropy grows along the sequence, every sample has
+its share of late blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def sample_size(tiles: int, fraction: float) -> int:
-    """How many of ``tiles`` blocks are taken: at least one, if there is one."""
-    return min(tiles, max(1, round(tiles * fraction)))
+@dataclass(frozen=True)
+class Draws:
+    """A uniform number in [0, 1) for each layer, on the host and on a device.
 
-
-def sampled_tiles(tiles: int, size: int, starts: Tensor) -> Tensor:
-    """(B, M) bool: which of ``tiles`` blocks are in the sample of each row.
-
-    Args:
-        size: of the samples.
-        starts: (B,) the u of each row, on the device of the result.
+    The part of a draw u that chooses rows, floor(u B / R), and the part that is left over,
+    which chooses blocks, are independent.
     """
-    chosen = torch.zeros(len(starts), tiles, dtype=torch.bool, device=starts.device)
-    if size == 0:
-        return chosen
-    steps = torch.arange(size, device=starts.device)
-    places = ((steps + starts[:, None]) * (tiles / size)).long()
-    return chosen.scatter(1, places.clamp(max=tiles - 1), True)  # the last may be rounded up to M
+
+    host: Sequence[float]
+    device: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How much of calls with ``batch`` rows of ``tiles`` blocks of queries is taken.
+
+    Attributes:
+        rows: R, a divisor of the batch, so that runs of rows do not overlap.
+        size: m, of the blocks of each of these rows.
+    """
+
+    batch: int
+    tiles: int
+    rows: int
+    size: int
+
+    @classmethod
+    def of(cls, fraction: float, batch: int, tiles: int) -> Sample:
+        """At most the fraction, but at least one row and one block."""
+        asked = fraction * batch
+        rows = max(
+            (r for r in range(1, batch + 1) if batch % r == 0 and r <= asked + 1e-9), default=1
+        )
+        size = round(tiles * min(1.0, asked / rows)) if rows <= 1 else tiles
+        return cls(batch, tiles, rows, min(tiles, max(1, size)))
+
+    @property
+    def scale(self) -> float:
+        """What a sum over the sample is multiplied by for the sum over all blocks."""
+        return self.batch / self.rows * (self.tiles / max(1, self.size))
+
+    def first_row(self, draw: float) -> int:
+        runs = self.batch // self.rows
+        return min(int(draw * runs), runs - 1) * self.rows
+
+    def chosen_tiles(self, draws: Tensor) -> Tensor | None:
+        """(n * R, M) bool, which blocks are taken of the rows of n layers; None for all blocks.
+
+        Args:
+            draws: (n,) those of the layers.
+        """
+        if self.size == self.tiles:
+            return None
+        starts = (draws * (self.batch // self.rows)).frac().repeat_interleave(self.rows)
+        steps = torch.arange(self.size, device=draws.device)
+        places = ((steps + starts[:, None]) * (self.tiles / self.size)).long()
+        places = places.clamp(max=self.tiles - 1)  # the last one may be rounded up to M
+        chosen = torch.zeros(len(starts), self.tiles, dtype=torch.bool, device=draws.device)
+        return chosen.scatter(1, places, True)
