@@ -247,12 +247,50 @@ def _quality_of_text(records: list[Record]) -> str:
     )
 
 
+def _training(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = [
+            [
+                f"{r.config['model']}, {r.config['batch']} x {r.config['size']}",
+                r.config["regularizer"],
+                f"{r.result['median_ms']:.1f}",
+                f"{r.result['ratio']:.3f}",
+                _commit(r),
+            ]
+            for r in records
+        ]
+        return markdown(["model", "measured", "step, ms", "relative", "commit"], rows)
+
+    return _per_machine(store, "train", table)
+
+
+def _soft_entropy(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = [
+            [
+                f"n={r.config['points']:,} d={r.config['dim']} k={r.config['anchors']} "
+                f"{r.config['dtype']}, {r.config['direction']}",
+                r.config["contestant"],
+                f"{r.result['median_ms']:.3f}",
+                f"{r.result['bandwidth']:.0%}",
+                f"{r.result['peak_bytes'] / 2**20:.0f}" if r.result["peak_bytes"] else "–",
+            ]
+            for r in records
+            if "bandwidth" in r.result
+        ]
+        return markdown(["case", "by", "ms", "bandwidth", "memory, MiB"], rows)
+
+    return _per_machine(store, "entropy", table)
+
+
 TABLES: dict[str, Callable[[Store], str]] = {
     "attention-forward": _attention("forward"),
     "attention-backward": _attention("backward"),
     "entropy-overhead": _entropy_overhead,
     "selection": _selection,
     "crossover": _crossover,
+    "training": _training,
+    "soft-entropy": _soft_entropy,
     "quality": _quality,
     "quality-at-a-quarter": _quality_at_a_quarter,
 }
