@@ -1,9 +1,9 @@
 """From the predicted mass of tiles to block lists: how many blocks, which ones, in order.
 
-One program takes a few query tiles. It finds how many blocks n the budget asks for, a threshold
-between the n largest masses and the others by bisection on the bits of fp32 (non-negative floats
-are ordered as their bits are, so 31 steps are exact), and writes the indices of what lies above in
-ascending order. Among equal masses the lowest indices are kept.
+One program takes a few query tiles. It finds how many blocks n the budget asks for, the n-th
+largest mass by bisection on the bits of fp32 (non-negative floats are ordered as their bits are,
+so 31 steps are exact), and writes the indices of what lies above in ascending order. Among equal
+masses the lowest indices are kept.
 """
 
 from __future__ import annotations
@@ -60,50 +60,19 @@ def _reaching(
 
 
 @triton.jit
-def _threshold_by_mass(
+def _largest_threshold(
     needed, resident, row_pointers, low, high, kv_blocks,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
+    CHUNK: tl.constexpr, RESIDENT: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """(R,) bits of the largest threshold that the mass ``needed`` reaches."""
+    """(R,) bits of the largest threshold that ``needed`` blocks, or that much mass, reach."""
     bits = tl.zeros_like(low)
     for step in range(31):
         candidate = bits | (1 << (30 - step))
         reached = _reaching(
             candidate.to(tl.float32, bitcast=True), resident, row_pointers, low, high, kv_blocks,
-            CHUNK, RESIDENT, True,
+            CHUNK, RESIDENT, BY_MASS,
         )  # fmt: skip
         bits = tl.where(reached >= needed, candidate, bits)
-    return bits
-
-
-@triton.jit
-def _threshold_by_count(
-    hint, needed, resident, row_pointers, low, high, kv_blocks,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
-):  # fmt: skip
-    """(R,) bits of a threshold that exactly ``needed`` blocks reach, or, if ties allow none, of
-    the largest that more reach.
-
-    Most rows have wide gaps between masses, so that half of the 31 steps find one.
-
-    Args:
-        hint: (R,) the bits to try first.
-    """
-    bits = tl.zeros_like(low)
-    candidate = hint
-    done = bits > 0
-    step = 31
-    while step >= 0:
-        reached = _reaching(
-            candidate.to(tl.float32, bitcast=True), resident, row_pointers, low, high, kv_blocks,
-            CHUNK, RESIDENT, False,
-        )  # fmt: skip
-        # Of the hint nothing else is known: bits that it has may be too many.
-        taken = (reached == needed) | ((reached > needed) & (step < 31))
-        bits = tl.where(taken & (done == 0), candidate, bits)
-        done = done | (reached == needed)
-        step = tl.where(tl.min(done.to(tl.int32), 0) > 0, -1, step - 1)
-        candidate = bits | (1 << tl.maximum(step, 0))
     return bits
 
 
@@ -158,15 +127,14 @@ def _keep_kernel(
     total, perplexity = _totals(row_pointers, low, high, kv_blocks, CHUNK)
 
     # How many blocks the budget asks for, as a float until it is known to be small.
-    bits = tl.zeros_like(low)
     if RULE == 0:
         asked = tl.zeros_like(total) + amount
     elif RULE == 1:
         asked = tl.ceil(visible.to(tl.float32) * amount)
     elif RULE == 2:
         needed = total * amount
-        bits = _threshold_by_mass(
-            needed, resident, row_pointers, low, high, kv_blocks, CHUNK, RESIDENT
+        bits = _largest_threshold(
+            needed, resident, row_pointers, low, high, kv_blocks, CHUNK, RESIDENT, True
         )
         least = bits.to(tl.float32, bitcast=True)
         above = (bits + 1).to(tl.float32, bitcast=True)
@@ -189,8 +157,8 @@ def _keep_kernel(
     asked = tl.minimum(asked, visible.to(tl.float32)).to(tl.int32)
     asked = tl.minimum(tl.maximum(tl.minimum(asked, most), min_blocks), visible)
 
-    bits = _threshold_by_count(
-        bits, asked, resident, row_pointers, low, high, kv_blocks, CHUNK, RESIDENT
+    bits = _largest_threshold(
+        asked, resident, row_pointers, low, high, kv_blocks, CHUNK, RESIDENT, False
     )
     # A tile that sees nothing asks for nothing, which every threshold satisfies; its masses are
     # all -1, so that it keeps nothing whatever the bits are.
