@@ -149,3 +149,15 @@ class _GpuClock:
             name: [start.elapsed_time(end) for start, end in pairs]
             for name, pairs in events.items()
         }
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory that one call adds to what was there; 0 where torch does not count."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -6,7 +6,9 @@ Triton is imported, hence at the top of this file.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -59,6 +61,21 @@ def launched_kernels(request: pytest.FixtureRequest, record_property):
 def device() -> str:
     """Where kernels run: a GPU, or the CPU under Triton's interpreter."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def forbid_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes a context in which whatever waits for the GPU raises."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture(autouse=True)

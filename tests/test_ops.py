@@ -185,7 +185,7 @@ def test_cuda_graph_replays_with_new_inputs_and_lists(is_causal: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_no_wait_for_the_device() -> None:
+def test_no_wait_for_the_device(forbid_waiting) -> None:
     problem = Case(
         head_dim=64, block_size=(64, 64), q_len=512, kv_len=512, dtype=torch.float16, is_causal=True
     ).build("cuda")
@@ -202,8 +202,5 @@ def test_no_wait_for_the_device() -> None:
         ea.block_sparse_attention(*problem.inputs, chosen, is_causal=True)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbid_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -319,7 +319,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 
 @pytest.mark.gpu
-def test_no_wait_for_the_device() -> None:
+def test_no_wait_for_the_device(forbid_waiting) -> None:
     x = torch.randn(4, 1000, 32, device="cuda", requires_grad=True)
     anchors = torch.randn(9, 32, device="cuda", requires_grad=True)
     normals = torch.randn(4, 32, device="cuda")
@@ -331,11 +331,8 @@ def test_no_wait_for_the_device() -> None:
         ea.entropy_interval(x, anchors, 0.1)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbid_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_ops_give_what_interval_needs(device: str) -> None:

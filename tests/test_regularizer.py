@@ -552,7 +552,7 @@ def test_kernels_compute_what_the_reference_does(fraction, padded):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fraction", [1.0, 0.125])
-def test_training_does_not_wait_for_the_device(fraction):
+def test_training_does_not_wait_for_the_device(fraction, forbid_waiting):
     model = trained("vit", torch.bfloat16).cuda()  # for Llama transformers itself waits
     inputs = {"pixel_values": torch.randn(2, 3, 48, 48, device="cuda", dtype=torch.bfloat16)}
     with ea.EntropyRegularizer(model, target_density=0.1, tile_fraction=fraction) as regularizer:
@@ -563,11 +563,8 @@ def test_training_does_not_wait_for_the_device(fraction):
             regularizer.step()
 
         step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with forbid_waiting():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert 0 < regularizer.stats().density <= 1
 
 

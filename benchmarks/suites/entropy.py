@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ import entropy_attn as ea
 from entropy_attn.benchmarks.baselines import our_backend
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.registry import Context, Row
-from entropy_attn.benchmarks.suites.train import peak_bytes
-from entropy_attn.benchmarks.timing import measure
+from entropy_attn.benchmarks.timing import measure, peak_bytes
 from entropy_attn.testing import assert_close_to_reference
 
 OURS, EAGER, COMPILED, COPY = "entropy-attn", "eager", "torch.compile", "copy"
@@ -48,9 +48,11 @@ def cases(form: str) -> list[Case]:
     return [first, Case(1_000_000, 64, 64), Case(1_000_000, 3, 64), Case(1_000_000, 64, 256)]
 
 
-def definition(points: Tensor, anchors: Tensor, alpha: Tensor) -> Tensor:
-    """The entropy as one would write it; stores points x anchors."""
-    points, anchors = points.float(), anchors.float()
+def definition(
+    points: Tensor, anchors: Tensor, alpha: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The entropy as one would write it, computed in ``dtype``; stores points x anchors."""
+    points, anchors = points.to(dtype), anchors.to(dtype)
     scores = -alpha * torch.cdist(points, anchors).square()
     mass = scores.softmax(-1).mean(-2)
     return -(mass * mass.log()).sum(-1)
@@ -138,10 +140,7 @@ def _wrong(ours: Callable[..., Tensor], leaves: list[Tensor]) -> str | None:
         flow = p * (surprise - (p * surprise).sum(-1, keepdim=True)).abs()
         return [0.0, 0.0, 0.0, (flow * distances).sum(-1).mean().item()]
 
-    def precise(points, anchors, alpha):
-        mass = (-alpha * torch.cdist(points, anchors).square()).softmax(-1).mean(-2)
-        return -(mass * mass.log()).sum(-1)
-
+    precise = partial(definition, dtype=torch.float64)
     names = ("entropy", "gradient of points", "gradient of anchors", "gradient of alpha")
     compared = (results(ours, leaves), results(definition, plain), results(precise, exact))
     for name, size, *results_of in zip(names, sizes(*exact), *compared, strict=True):

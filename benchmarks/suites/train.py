@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import entropy_attn as ea
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.registry import Context, Row
-from entropy_attn.benchmarks.timing import measure
+from entropy_attn.benchmarks.timing import measure, peak_bytes
 
 PLAIN = "plain"
 
@@ -147,15 +147,3 @@ def _vision_model(case: Case, device: torch.device) -> tuple[nn.Module, Callable
     images = torch.randn(case.batch, 3, case.size, case.size, device=device)
     labels = torch.randint(1000, (case.batch,), device=device)
     return model, lambda: model(images, labels=labels).loss
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory that one call adds to what was there; 0 where torch does not count."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
