@@ -21,6 +21,7 @@ from integration_models import (
     tokens,
     transformers,
 )
+from torch._dynamo.backends.registry import lookup_backend
 
 import entropy_attn as ea
 from entropy_attn.integrations.statistics import SPARSE
@@ -278,17 +279,26 @@ def test_compiles_into_one_graph(padded):
     model, mask = build("llama"), padding_mask("left")
     inputs = {"input_ids": tokens(*mask.shape)} | ({"attention_mask": mask} if padded else {})
     dense = dense_logits(model, **inputs)
+    moves = 0
+
+    def backend(graph, example_inputs):
+        nonlocal moves
+        moves = sum(node.target == "gather" for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, example_inputs)
+
     with ea.apply(model, KEEP_ALL) as handle:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
         dense.check(compiled(**inputs).logits, mask if padded else None)
         for layer in handle.stats().layers:
             assert layer.compiled == {"sparse": 1}
+    assert bool(moves) == padded  # only padding moves tokens
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @torch.no_grad()
-def test_compiles_on_a_gpu(mode):
+def test_compiles_on_a_gpu(mode, padded):
     """By Inductor, with CUDA graphs in the second mode; the sizes pay, so that "auto" is sparse."""
     config = transformers.LlamaConfig(
         hidden_size=1152, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=18,
@@ -297,12 +307,14 @@ def test_compiles_on_a_gpu(mode):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     for length, is_sparse in ((16384, True), (512, False)):
-        ids = torch.randint(1000, (1, length), device="cuda")
+        inputs = {"input_ids": torch.randint(1000, (1, length), device="cuda")}
+        if padded:
+            inputs["attention_mask"] = (torch.arange(length, device="cuda") >= 100).long()[None]
         with ea.apply(model, ea.SparsityConfig(budget=ea.TopK(0.2))) as handle:
-            eager = model(ids, use_cache=False, logits_to_keep=64).logits
+            eager = model(**inputs, use_cache=False, logits_to_keep=64).logits
             compiled = torch.compile(model, fullgraph=True, mode=mode)
             for _ in range(3):
-                logits = compiled(ids, use_cache=False, logits_to_keep=64).logits
+                logits = compiled(**inputs, use_cache=False, logits_to_keep=64).logits
             for layer in handle.stats().layers:
                 assert [key == SPARSE for key in layer.compiled] == [is_sparse]
         torch.compiler.reset()

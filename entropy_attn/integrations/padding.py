@@ -75,18 +75,18 @@ def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
     if call.codes is None:
         return call, None
     valid = (call.codes & VALID).bool()
-    kv_order, _ = _stable_partition(valid)
+    kv_order, _, kv_lens = _stable_partition(valid)
     moved = {
         "key": _take(call.key, kv_order),
         "value": _take(call.value, kv_order),
-        "kv_lens": valid.sum(1, dtype=torch.int32),
+        "kv_lens": kv_lens,
         "codes": None,
     }
     if not call.is_causal and call.q_len != call.kv_len:  # cross-attention: every query counts
         return replace(call, **moved), None
     q_valid = valid.gather(1, query_columns(call.codes, call.q_len))
-    q_order, q_place = _stable_partition(q_valid)
-    moved |= {"query": _take(call.query, q_order), "q_lens": q_valid.sum(1, dtype=torch.int32)}
+    q_order, q_place, q_lens = _stable_partition(q_valid)
+    moved |= {"query": _take(call.query, q_order), "q_lens": q_lens}
     return replace(call, **moved), q_place
 
 
@@ -95,13 +95,18 @@ def restore(out: Tensor, place: Tensor | None) -> Tensor:
     return out if place is None else _take(out, place)
 
 
-def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row of the valid-first order comes from, and the inverse; both (B, N) int64."""
-    count = valid.sum(1, keepdim=True)
-    ahead, behind = valid.cumsum(1) - 1, count + (~valid).cumsum(1) - 1
-    place = torch.where(valid, ahead, behind)
-    source = torch.arange(valid.shape[1], device=valid.device).expand_as(place)
-    return torch.zeros_like(place).scatter_(1, place, source), place
+def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each row of the valid-first order comes from, the inverse, and how many are valid.
+
+    The orders are (B, N) int64, the count is (B,) int32. One running sum gives all of them: next
+    to a reduction over the same flags, Inductor of torch 2.11 fails with an assertion.
+    """
+    seen = valid.cumsum(1)
+    count = seen[:, -1:]
+    source = torch.arange(valid.shape[1], device=valid.device).expand_as(seen)
+    place = torch.where(valid, seen - 1, count + source - seen)
+    order = torch.zeros_like(place).scatter_(1, place, source)
+    return order, place, count[:, 0].to(torch.int32)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

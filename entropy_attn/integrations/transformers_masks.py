@@ -69,7 +69,10 @@ def token_codes(
             return None
         return encode(valid, torch.ones_like(valid))[:, None, None, :]
 
-    aligned = allow_is_causal_skip and _ends_with_queries(q_offset, q_length, kv_offset + kv_length)
+    # While torch.compile traces, transformers never allows the skip, as there may be packed
+    # sequences; `check` has asserted that there are none.
+    may_skip = allow_is_causal_skip or torch.compiler.is_compiling()
+    aligned = may_skip and _ends_with_queries(q_offset, q_length, kv_offset + kv_length)
     if aligned and (valid is None or _all(valid)):
         return None
     column = torch.arange(kv_length, device=device) + kv_offset
