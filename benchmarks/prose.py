@@ -4,7 +4,8 @@
 tables are dropped and each paragraph is used once (topics repeat each other), so what is left
 reads as a text. It is split by topic into a development part, on which ideas may be tuned, and a
 held-out part. The docstrings of the standard library are a third part, for what was chosen after
-looking at the other two.
+looking at the other two. Models are trained on the first and the third, and the docstrings of
+PyTorch, which are long.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import ast
 import hashlib
 import re
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(\w[^*]*)\1(?![\w*])")
@@ -100,10 +103,29 @@ def _halves() -> dict[str, str]:
 
 def _docstrings() -> str:
     used = {p for half in _halves().values() for p in half.split("\n\n")}
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "\n\n".join(_documented(files, used))
+
+
+def _documented(files: Iterable[Path], used: set[str]) -> list[str]:
+    """The paragraphs of prose in the docstrings of Python files, less those that are used."""
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in files:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 documented = ast.get_docstring(node) or ""
                 found |= dict.fromkeys(p for p in paragraphs(documented) if p not in used)
-    return "\n\n".join(found)
+    return list(found)
+
+
+def training_prose(*, packages: tuple[str, ...] = ("torch",)) -> Prose:
+    """All prose at hand but the held-out half: some 2 MB with the docstrings of PyTorch."""
+    parts = [prose("development").text, prose("docstrings").text]
+    used = {p for text in (*parts, prose("held-out").text) for p in text.split("\n\n")}
+    for package in packages:
+        spec = find_spec(package)
+        folders = (spec.submodule_search_locations if spec else None) or ()
+        files = [file for folder in folders for file in sorted(Path(folder).rglob("*.py"))]
+        parts.append("\n\n".join(_documented(files, used)))
+    names = "development half, docstrings of the standard library"
+    return Prose(", ".join((names, *(f"of {package}" for package in packages))), "\n\n".join(parts))

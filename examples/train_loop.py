@@ -80,7 +80,7 @@ def smollm2(device: torch.device, length: int) -> tuple[nn.Module, Tensor, Tenso
     text = prose("development").text
     count = len(tokenizer(text)["input_ids"]) // length
     training = windows(tokenizer, text, length, count, device)
-    return model, training, windows(tokenizer, prose("held_out").text, length, 2, device)
+    return model, training, windows(tokenizer, prose("held-out").text, length, 2, device)
 
 
 def tiny(device: torch.device, length: int) -> tuple[nn.Module, Tensor, Tensor]:
