@@ -111,7 +111,11 @@ def _documented(files: Iterable[Path], used: set[str]) -> list[str]:
     """The paragraphs of prose in the docstrings of Python files, less those that are used."""
     found: dict[str, None] = {}
     for path in files:
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # written for a newer Python
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 documented = ast.get_docstring(node) or ""
                 found |= dict.fromkeys(p for p in paragraphs(documented) if p not in used)

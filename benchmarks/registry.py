@@ -89,6 +89,7 @@ SUITES: dict[str, Suite] = {
         Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
         Suite("train", "what the regularizer adds to a training step"),
+        Suite("finetune", "perplexity against density of SmolLM2 fine-tuned with regularizers"),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
