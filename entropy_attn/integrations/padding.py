@@ -8,6 +8,9 @@ tensor travels between them. So each key gets a code, (B, Nk) int8, a sum of
 
 With them causal attention and windows are exact for padding on either side, for chunks of a
 prefill and for static caches whose keys run past the last query. All work stays on the device.
+
+What scans over the tokens is a custom op each: Inductor fuses scans with reductions over the same
+tokens, its own or those of transformers, and then cannot generate the kernel (torch 2.11).
 """
 
 from __future__ import annotations
@@ -35,11 +38,17 @@ def encode(valid: Tensor, query: Tensor) -> Tensor:
     return (valid.to(torch.int8) * VALID + query.to(torch.int8) * QUERY).contiguous()
 
 
+@torch.library.custom_op("entropy_attn::query_columns", mutates_args=())
 def query_columns(codes: Tensor, q_len: int) -> Tensor:
     """(B, Nq) int64: at which key each query stands."""
     first = (codes >= QUERY).to(torch.int8).argmax(1, keepdim=True)
     column = first + torch.arange(q_len, device=codes.device)
     return column.clamp(max=codes.shape[1] - 1)
+
+
+@query_columns.register_fake
+def _(codes, q_len):
+    return codes.new_empty(codes.shape[0], q_len, dtype=torch.int64)
 
 
 def visible(call: AttentionCall) -> Tensor:
@@ -95,11 +104,11 @@ def restore(out: Tensor, place: Tensor | None) -> Tensor:
     return out if place is None else _take(out, place)
 
 
+@torch.library.custom_op("entropy_attn::stable_partition", mutates_args=())
 def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where each row of the valid-first order comes from, the inverse, and how many are valid.
 
-    The orders are (B, N) int64, the count is (B,) int32. One running sum gives all of them: next
-    to a reduction over the same flags, Inductor of torch 2.11 fails with an assertion.
+    The orders are (B, N) int64, the count is (B,) int32.
     """
     seen = valid.cumsum(1)
     count = seen[:, -1:]
@@ -107,6 +116,12 @@ def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     place = torch.where(valid, seen - 1, count + source - seen)
     order = torch.zeros_like(place).scatter_(1, place, source)
     return order, place, count[:, 0].to(torch.int32)
+
+
+@_stable_partition.register_fake
+def _(valid):
+    order = valid.new_empty(valid.shape, dtype=torch.int64)
+    return order, torch.empty_like(order), valid.new_empty(valid.shape[0], dtype=torch.int32)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
