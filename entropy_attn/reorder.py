@@ -42,8 +42,8 @@ class Reorder:
     """
 
     cells: int | None = None
-    iterations: int = 3
-    sample: int = 2048
+    iterations: int = 2
+    sample: int = 1024
     prefix: int = 0
 
     def __post_init__(self) -> None:

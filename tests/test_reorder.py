@@ -69,7 +69,7 @@ def test_cells_lie_side_by_side_and_are_stable_inside():
         # A single cell out of 32 may be left out where its cluster is wide.
         assert runs(labels[head]) <= 9, "the cells that one cluster is cut into lie together"
     # By the definition: each cell is one run, and inside it tokens keep their order.
-    anchors = fit_anchors(x, 32, 3)
+    anchors = fit_anchors(x, 32, ea.Reorder().iterations)
     cell = nearest(x, anchors).gather(2, order)
     for head, cell_of in zip(order[0], cell[0], strict=True):
         assert runs(cell_of) == cell_of.unique().numel()

@@ -46,7 +46,9 @@ def cell_order(
     anchors = fit_anchors(spread_sample(x, seen, min(sample, length), prefix), cells, iterations)
     rank = anchor_ranks(anchors).gather(2, nearest(x, anchors))
     place = torch.where((seen > prefix)[:, None], rank + 1, 0)
-    return torch.where(valid[:, None], place, cells + 1).sort(dim=-1, stable=True).indices
+    place = torch.where(valid[:, None], place, cells + 1)
+    # Sorting takes as many passes as the numbers have bytes.
+    return place.to(torch.int16).sort(dim=-1, stable=True).indices
 
 
 def spread_sample(x: Tensor, seen: Tensor, count: int, prefix: int) -> Tensor:
@@ -88,7 +90,9 @@ def nearest(x: Tensor, anchors: Tensor) -> Tensor:
 
 
 def _nearest(x: Tensor, shifted: Tensor, bias: Tensor) -> Tensor:
-    return (bias - 2 * (x.to(shifted.dtype) @ shifted.mT)).argmin(-1)
+    points, shifted, bias = (t.flatten(0, 1) for t in (x, shifted, bias))
+    distances = torch.baddbmm(bias, points.to(bias.dtype), shifted.mT, alpha=-2)
+    return distances.argmin(-1).unflatten(0, x.shape[:2])
 
 
 def anchor_ranks(anchors: Tensor) -> Tensor:
