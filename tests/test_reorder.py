@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from attention_cases import Case
@@ -287,6 +290,16 @@ def test_clustered_tokens_need_half_the_blocks_at_equal_mass(shift):
     before = density(query, key)
     sorted_query, sorted_key, *_ = ea.reorder_tokens(query, key, key)
     assert density(sorted_query, sorted_key) <= before / 2
+
+
+def test_the_lines_of_the_documentation_run():
+    page = Path(__file__).resolve().parent.parent / "docs" / "reordering.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    (by_hand,) = [block for block in blocks if "reorder_tokens" in block]
+    names: dict[str, object] = {}
+    exec(by_hand, names)
+    assert names["out"].shape == names["query"].shape
+    assert names["lse"].shape == names["query"].shape[:3]
 
 
 # --- errors -------------------------------------------------------------------------------------
