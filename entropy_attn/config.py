@@ -50,9 +50,6 @@ class SparsityConfig:
         sink: blocks at the start of the keys that are always kept.
         local: the diagonal block and ``local - 1`` beside it are always kept; 0 for none.
             With ``reorder`` neither counts: only the blocks that hold its prefix are always kept.
-        reorder: sort the tokens of each head by their content before blocks are chosen, and put
-            the output back in order; None for not at all. For layers that are not causal: others
-            raise. What sorting costs is not part of what min_length="auto" was measured with.
         min_length: calls with fewer keys run dense. "auto": calls that sparse attention would not
             make faster, by what was measured on this GPU or the nearest one (the crossover table
             of docs/benchmarks.md); 4096 on other devices.
@@ -66,6 +63,9 @@ class SparsityConfig:
         explicit_mask: what to do with a mask that the user passes to the attention as a whole
             matrix (4D, boolean or additive): "raise", or run that call "dense" under it.
         backend: "auto", or "triton" or "reference" for the sparse calls.
+        reorder: sort the tokens of each head by their content before blocks are chosen, and put
+            the output back in order; None for not at all. For layers that are not causal: others
+            raise. What sorting costs is not part of what min_length="auto" was measured with.
     """
 
     block_size: int | tuple[int, int] = 64
@@ -73,7 +73,6 @@ class SparsityConfig:
     budget: TopK | TopP | Perplexity = DEFAULT_BUDGET
     sink: int = 1
     local: int = 2
-    reorder: Reorder | None = None
     min_length: int | Literal["auto"] = "auto"
     expected_density: float = 0.25
     min_queries: int = 64
@@ -81,6 +80,7 @@ class SparsityConfig:
     layers: Mapping[LayerSelector, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     explicit_mask: str = "raise"
     backend: str = "auto"
+    reorder: Reorder | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this only normalises types
