@@ -63,8 +63,8 @@ def token_order(x: Tensor, reorder: Reorder | None = None, *, lens: Tensor | Non
     """An order of tokens in which those of a cell lie side by side, and near cells too.
 
     The cells are those of nearest anchors, which k-means places; within a cell tokens keep their
-    order. The same input gives the same order, and nothing waits for the device. The work is that of
-    N x cells distances a head, computed for a run of tokens at a time.
+    order. The same input gives the same order, and nothing waits for the device. The work is N x
+    cells distances a head, computed for a run of tokens at a time.
 
     Args:
         x: (B, H, N, D) queries or keys, fp16, bf16, fp32 or fp64; distances are computed in fp32
