@@ -87,6 +87,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("attention", "speed of the kernels, forward and backward, against all baselines"),
         Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
+        Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
         Suite("train", "what the regularizer adds to a training step"),
         Suite("finetune", "perplexity against density of SmolLM2 fine-tuned with regularizers"),

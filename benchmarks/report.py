@@ -179,6 +179,48 @@ def _selection(store: Store) -> str:
     return _per_machine(store, "select", table, kind="select")
 
 
+def _reordering(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        by_length: dict[int, dict[str, str]] = {}
+        for r in records:
+            steps = by_length.setdefault(r.config["length"], {})
+            steps[r.config["step"]] = f"{r.result['median_ms']:.3f}"
+        names = list(dict.fromkeys(name for steps in by_length.values() for name in steps))
+        rows = [
+            [str(n), *(steps.get(name, "–") for name in names)] for n, steps in by_length.items()
+        ]
+        config = records[0].config
+        setup = (
+            f"ms; D={config['head_dim']}, B={config['batch']}, H={config['heads']}, "
+            f"{config['dtype']}; sparse attention at a density of {config['density']:g} of blocks "
+            f"of {config['block']}."
+        )
+        return f"{setup}\n\n{markdown(['N', *names], rows)}"
+
+    return _per_machine(store, "reorder", table, kind="time")
+
+
+def _reordering_density(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        by_tokens: dict[str, dict[str, str]] = {}
+        for r in records:
+            orders = by_tokens.setdefault(r.config["tokens"], {})
+            orders[r.config["order"]] = f"{r.result['density']:.3f}"
+        names = list(dict.fromkeys(name for orders in by_tokens.values() for name in orders))
+        rows = [
+            [title, *(orders.get(name, "–") for name in names)]
+            for title, orders in by_tokens.items()
+        ]
+        config = records[0].config
+        setup = (
+            f"Share of the blocks of {config['block']} that holds {config['share']:.0%} of the "
+            f"mass of every tile; N={config['length']}, D={config['head_dim']}."
+        )
+        return f"{setup}\n\n{markdown(['tokens', *names], rows)}"
+
+    return _per_machine(store, "reorder", table, kind="density")
+
+
 def _crossover(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = []
@@ -288,6 +330,8 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "attention-backward": _attention("backward"),
     "entropy-overhead": _entropy_overhead,
     "selection": _selection,
+    "reordering": _reordering,
+    "reordering-density": _reordering_density,
     "crossover": _crossover,
     "training": _training,
     "soft-entropy": _soft_entropy,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from entropy_attn.reorder import Reorder
 from entropy_attn.selection import (
     DEFAULT_BUDGET,
     DEFAULT_SCORER,
@@ -23,6 +24,11 @@ from entropy_attn.validation import check_block_size, check_integer, check_share
 
 SCORERS = {cls.__name__: cls for cls in (Pooled, Envelope, Antidiagonal, TrueMass)}
 BUDGETS = {cls.__name__: cls for cls in (TopK, TopP, Perplexity)}
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "scorer": SCORERS,
+    "budget": BUDGETS,
+    "reorder": {"Reorder": Reorder},
+}
 BACKENDS = ("auto", "triton", "reference")
 EXPLICIT_MASK = ("raise", "dense")
 
@@ -43,6 +49,7 @@ class SparsityConfig:
         budget: how many blocks are kept; `TopK`, `TopP` or `Perplexity`.
         sink: blocks at the start of the keys that are always kept.
         local: the diagonal block and ``local - 1`` beside it are always kept; 0 for none.
+            With ``reorder`` neither counts: only the blocks that hold its prefix are always kept.
         min_length: calls with fewer keys run dense. "auto": calls that sparse attention would not
             make faster, by what was measured on this GPU or the nearest one (the crossover table
             of docs/benchmarks.md); 4096 on other devices.
@@ -56,6 +63,9 @@ class SparsityConfig:
         explicit_mask: what to do with a mask that the user passes to the attention as a whole
             matrix (4D, boolean or additive): "raise", or run that call "dense" under it.
         backend: "auto", or "triton" or "reference" for the sparse calls.
+        reorder: sort the tokens of each head by their content before blocks are chosen, and put
+            the output back in order; None for not at all. For layers that are not causal: others
+            raise. What sorting costs is not part of what min_length="auto" was measured with.
     """
 
     block_size: int | tuple[int, int] = 64
@@ -70,6 +80,7 @@ class SparsityConfig:
     layers: Mapping[LayerSelector, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     explicit_mask: str = "raise"
     backend: str = "auto"
+    reorder: Reorder | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this only normalises types
@@ -89,6 +100,10 @@ class SparsityConfig:
             raise TypeError(f"budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
         for name, least in (("sink", 0), ("local", 0), ("min_queries", 1)):
             check_integer(name, getattr(self, name), least)
+        if not isinstance(self.reorder, (Reorder, type(None))):
+            raise TypeError(
+                f"reorder must be an entropy_attn.Reorder or None, got {self.reorder!r}"
+            )
         if self.min_length != "auto":
             check_integer("min_length", self.min_length, 0, besides="'auto'")
         check_share("expected_density", self.expected_density)
@@ -115,6 +130,13 @@ class SparsityConfig:
                 config = config._override(selector, values)
         dense = any(selects(s, index, name, count) for s in self.dense_layers)
         return config, dense
+
+    @property
+    def always_kept(self) -> tuple[int, int]:
+        """``sink`` and ``local`` as they hold for the order of the tokens."""
+        if self.reorder is None:
+            return self.sink, self.local
+        return -(-self.reorder.prefix // check_block_size(self.block_size)[1]), 0
 
     @property
     def is_per_layer(self) -> bool:
@@ -191,14 +213,13 @@ def _encode(name: str, value: Any) -> Any:
             f"scorer {value!r} cannot be saved; only {', '.join(SCORERS)} can. Pass it again with "
             "ea.apply(model, config) after loading"
         )
-    if name in ("scorer", "budget") and is_dataclass(value) and not isinstance(value, type):
+    if name in REGISTRIES and is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | asdict(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _decode(name: str, value: Any) -> Any:
-    registries: dict[str, Mapping[str, Any]] = {"scorer": SCORERS, "budget": BUDGETS}
-    classes = registries.get(name)
+    classes = REGISTRIES.get(name)
     if classes is not None and isinstance(value, Mapping):
         arguments = dict(value)
         kind = arguments.pop("type", None)

@@ -101,8 +101,8 @@ def expected_blocks(config: SparsityConfig, is_causal: bool) -> tuple[float, flo
         # Rounded up to whole blocks, which adds half a block on average.
         blocks = budget.min_blocks - 0.5
     block_q, block_k = check_block_size(config.block_size)
-    always = config.sink
-    if config.local:
-        always += -(-block_q // block_k) + (config.local - 1) * (1 if is_causal else 2)
+    always, local = config.always_kept
+    if local:
+        always += -(-block_q // block_k) + (local - 1) * (1 if is_causal else 2)
     # The budget chooses these at least as often as other blocks.
     return share, blocks + always * (1 - share)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = (16, 256)
 MAX_HALFSPACES = 12
+MAX_CELLS = 1024
 ENTROPY_KINDS = ("row", "block", "tile")
 
 
@@ -81,6 +82,16 @@ def check_window(window: int | None, is_causal: bool) -> int:
             f"window={window} needs is_causal=True: it counts keys back from the query"
         )
     return window
+
+
+def check_reorderable(is_causal: bool, window: int | None) -> None:
+    """That no query's keys depend on where it stands."""
+    for name, value in (("is_causal", is_causal), ("window", window)):
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name}={value!r} cannot be combined with reorder, which sorts the tokens: only "
+                "attention without is_causal and window can be reordered; leave reorder out"
+            )
 
 
 def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
@@ -350,6 +361,28 @@ def check_tile_mass(
 
 
 # Sets of points and the cells that they fall into.
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    """(B, H, N, D) floating point."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got shape "
+            f"{tuple(x.shape)}; use unsqueeze for a missing batch or head dimension"
+        )
+    if x.dtype not in ATTENTION_DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in ATTENTION_DTYPES)
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {allowed}")
+
+
+def check_cells(cells: int) -> int:
+    """From 1 to MAX_CELLS."""
+    check_integer("cells", cells, minimum=1, besides="None")
+    if cells > MAX_CELLS:
+        raise ValueError(f"cells must be at most {MAX_CELLS}, got {cells}")
+    return cells
 
 
 def check_points(x: Tensor) -> torch.dtype:

@@ -240,7 +240,9 @@ def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
 # --- suites -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suite", ["attention", "select", "crossover", "entropy", "train"])
+@pytest.mark.parametrize(
+    "suite", ["attention", "select", "crossover", "reorder", "entropy", "train"]
+)
 def test_small_suites_run_on_a_cpu(suite, tmp_path):
     said = []
     rows = list(SUITES[suite].run(Context(CPU, False, tmp_path, said.append)))

@@ -22,6 +22,10 @@ CONFIGS = [
         min_length=2048,
         expected_density=0.5,
     ),
+    ea.SparsityConfig(
+        reorder=ea.Reorder(cells=16, prefix=1), layers={0: {"reorder": None}, 1: {"sink": 3}}
+    ),
+    ea.SparsityConfig(layers={"encoder.*": {"reorder": ea.Reorder(sample=512)}}),
     ea.SparsityConfig(min_length=0, layers={0: {"min_length": "auto", "expected_density": 0.1}}),
 ]
 
@@ -56,6 +60,9 @@ def test_min_length_is_saved_as_it_was_given():
         ({"budget": ea.Perplexity(2.0)}, True, (0.25, 0.5 + 3 * 0.75)),
         ({"budget": ea.Perplexity(2.0, max_density=0.1)}, True, (0.1, 0.5 + 3 * 0.9)),
         ({"budget": ea.TopK(0.5), "sink": 0, "local": 0}, True, (0.5, 0.5)),
+        # In another order neither the first blocks nor the diagonal are what they were.
+        ({"budget": ea.TopK(0.5), "reorder": ea.Reorder()}, False, (0.5, 0.5)),
+        ({"budget": ea.TopK(0.5), "reorder": ea.Reorder(prefix=65)}, False, (0.5, 0.5 + 2 / 2)),
         ({"budget": ea.TopK(0.5), "block_size": (128, 32), "sink": 0}, True, (0.5, 0.5 + 5 / 2)),
     ],
 )
@@ -81,6 +88,7 @@ def test_layers_are_resolved_in_order():
         ({"block_size": 48}, ValueError, "block_size must be a power of two"),
         ({"scorer": "pooled"}, TypeError, "scorer must be one of Pooled, Envelope, Antidiagonal"),
         ({"budget": 0.25}, TypeError, "budget must be one of TopK, TopP, Perplexity"),
+        ({"reorder": 16}, TypeError, "reorder must be an entropy_attn.Reorder or None, got 16"),
         ({"sink": -1}, ValueError, "sink must be an int >= 0, got -1"),
         ({"min_length": 1.5}, ValueError, "min_length must be 'auto' or an int >= 0, got 1.5"),
         ({"min_length": -1}, ValueError, "min_length must be 'auto' or an int >= 0, got -1"),
@@ -112,6 +120,8 @@ def test_errors(values, error, message):
 def test_errors_of_loading():
     with pytest.raises(ValueError, match=r"SparsityConfig has no \['blocksize'\]"):
         ea.SparsityConfig.from_dict({"blocksize": 64})
+    with pytest.raises(ValueError, match="reorder has type 'Sort'"):
+        ea.SparsityConfig.from_dict({"reorder": {"type": "Sort"}})
     with pytest.raises(ValueError, match="budget has type 'Best'"):
         ea.SparsityConfig.from_dict({"budget": {"type": "Best"}})
     custom = ea.SparsityConfig(scorer=lambda *args, **kwargs: None)

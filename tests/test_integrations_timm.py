@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_equals_own_attention(variant, image):
         assert_close_to_reference(model(image), plain, exact, variant)
         assert all_sparse(handle)
     assert torch.equal(model(image), plain)
+
+
+@pytest.mark.parametrize("variant", ["vit", "vit-map-pool", "eva-rope"])
+@torch.no_grad()
+def test_sorted_tokens_equal_own_attention(variant, image):
+    model = build(variant)
+    plain, exact = model(image), copy.deepcopy(model).double()(image.double())
+    config = replace(KEEP_ALL, reorder=ea.Reorder(cells=8, prefix=1))
+    with ea.apply(model, config) as handle:
+        assert_close_to_reference(model(image), plain, exact, variant)
+        assert all_sparse(handle)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ MASKS = (
 API = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
     "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
-    "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", *MASKS,
+    "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", "entropy_attn.reorder",
+    *MASKS,
 )  # fmt: skip
 # The modules where the API meets the kernels.
 BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops")
@@ -64,6 +65,7 @@ MAY_VALIDATE = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
     "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
+    "entropy_attn.reorder",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from entropy_attn.config import SparsityConfig, selects
 from entropy_attn.integrations.layer import SparseLayer
+from entropy_attn.integrations.reordering import check_can_reorder
 from entropy_attn.integrations.sites import (
     AttentionSite,
     Installation,
@@ -108,7 +109,8 @@ def make_layers(sites: list[AttentionSite], config: SparsityConfig) -> tuple[Spa
     """One layer a site.
 
     Raises:
-        ValueError: ``config`` names a layer that is not among the sites.
+        ValueError: ``config`` names a layer that is not among the sites, or reorders one that is
+            known to be causal.
     """
     names, count = [site.name for site in sites], len(sites)
     for argument, selectors in (("dense_layers", config.dense_layers), ("layers", config.layers)):
@@ -118,8 +120,14 @@ def make_layers(sites: list[AttentionSite], config: SparsityConfig) -> tuple[Spa
                     f"{argument} names {selector!r}, but the model has {count} attention layers, "
                     f"{names[0]!r} to {names[-1]!r}"
                 )
-    settings = (config.for_layer(i, name, count) for i, name in enumerate(names))
-    return tuple(SparseLayer(n, c, dense) for n, (c, dense) in zip(names, settings, strict=True))
+    layers = []
+    for index, site in enumerate(sites):
+        own, dense = config.for_layer(index, site.name, count)
+        if own.reorder is not None and not dense:
+            # What transformers' modules say of themselves; others are asked when they are called.
+            check_can_reorder(site.name, getattr(site.module, "is_causal", False))
+        layers.append(SparseLayer(site.name, own, dense))
+    return tuple(layers)
 
 
 def saved_config(model: nn.Module) -> SparsityConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from entropy_attn.config import SparsityConfig
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.integrations.dense import attend_dense, attend_explicit
 from entropy_attn.integrations.padding import restore, valid_first
+from entropy_attn.integrations.reordering import check_can_reorder, reordered
 from entropy_attn.integrations.statistics import (
     SPARSE,
     Recorder,
@@ -51,6 +53,8 @@ class SparseLayer:
     def attend(self, call: AttentionCall) -> Tensor:
         if call.explicit_mask is not None:
             return self._attend_explicit(call)
+        if self.config.reorder is not None and not self.dense:
+            check_can_reorder(self.name, call.is_causal, call.window)
         if call.packing is not None:
             return call.packing.attend(call, self.attend)
         reason = self._reason_for_dense(call)
@@ -69,7 +73,8 @@ class SparseLayer:
 
     def _attend_sparse(self, call: AttentionCall) -> Tensor:
         config = self.config
-        call, place = valid_first(call)
+        sink, local = config.always_kept
+        call, back = self._arranged(call)
         with torch.no_grad():
             mask = select_blocks(
                 call.query,
@@ -77,8 +82,8 @@ class SparseLayer:
                 block_size=config.block_size,
                 scorer=config.scorer,
                 budget=config.budget,
-                sink=config.sink,
-                local=config.local,
+                sink=sink,
+                local=local,
                 backend=config.backend,
                 **call.geometry,
             )
@@ -87,7 +92,14 @@ class SparseLayer:
         out = block_sparse_attention(
             call.query, call.key, call.value, mask, **call.geometry, backend=config.backend
         )
-        return restore(out, place)
+        return back(out)
+
+    def _arranged(self, call: AttentionCall) -> tuple[AttentionCall, Callable[[Tensor], Tensor]]:
+        """The call with its valid tokens first, sorted if so set, and what undoes it."""
+        if self.config.reorder is not None:
+            return reordered(call, self.config.reorder)
+        call, place = valid_first(call)
+        return call, lambda out: restore(out, place)
 
     def _attend_explicit(self, call: AttentionCall) -> Tensor:
         if self.config.explicit_mask == "raise":

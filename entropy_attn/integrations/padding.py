@@ -83,20 +83,27 @@ def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
     """
     if call.codes is None:
         return call, None
-    valid = (call.codes & VALID).bool()
-    kv_order, _, kv_lens = _stable_partition(valid)
+    q_valid, kv_valid = valid_tokens(call)
+    kv_order, _, kv_lens = _stable_partition(kv_valid)
     moved = {
         "key": _take(call.key, kv_order),
         "value": _take(call.value, kv_order),
         "kv_lens": kv_lens,
         "codes": None,
     }
-    if not call.is_causal and call.q_len != call.kv_len:  # cross-attention: every query counts
+    if q_valid is None:
         return replace(call, **moved), None
-    q_valid = valid.gather(1, query_columns(call.codes, call.q_len))
     q_order, q_place, q_lens = _stable_partition(q_valid)
     moved |= {"query": _take(call.query, q_order), "q_lens": q_lens}
     return replace(call, **moved), q_place
+
+
+def valid_tokens(call: AttentionCall) -> tuple[Tensor | None, Tensor]:
+    """Of a call with codes, (B, Nq) and (B, Nk) bool: the valid queries and keys; None for all."""
+    kv_valid = (call.codes & VALID).bool()
+    if not call.is_causal and call.q_len != call.kv_len:  # cross-attention: every query counts
+        return None, kv_valid
+    return kv_valid.gather(1, query_columns(call.codes, call.q_len)), kv_valid
 
 
 def restore(out: Tensor, place: Tensor | None) -> Tensor:
