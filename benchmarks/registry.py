@@ -91,6 +91,10 @@ SUITES: dict[str, Suite] = {
         Suite("train", "what the regularizer adds to a training step"),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
+        Suite(
+            "vision",
+            "small vision transformers by regularizer: sparse, corrupted, and where they look",
+        ),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
     )
 }
