@@ -89,7 +89,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": Corruption(_contrast, (0.7, 0.5, 0.35, 0.22, 0.12)),
     "elastic": Corruption(_elastic, (0.15, 0.3, 0.5, 0.75, 1.0)),
-    "pixelate": Corruption(_pixelate, (0.75, 0.6, 0.5, 0.4, 0.3)),
+    "pixelate": Corruption(_pixelate, (0.75, 0.6, 0.45, 0.35, 0.25)),
     "jpeg": Corruption(_jpeg, (50.0, 30.0, 18.0, 10.0, 5.0)),
 }
 
