@@ -22,6 +22,7 @@ from entropy_attn.benchmarks.tables import (
 SUITE = "vision"
 PLAIN, OURS = "plain", "density (ours)"
 SURROGATE = "range entropy of keys (paper)"
+SCORERS = ("true mass", "default")
 SHOWN = {PLAIN: "plain, pruned by magnitude"}
 Result = dict[str, Any]
 Runs = dict[str, dict[int, Result]]  # by method, then by seed
@@ -62,8 +63,8 @@ def _accuracy_of_task(records: list[Record], task: str) -> str:
     first = next(iter(next(iter(runs.values())).values()))
     sparse = {
         (scorer, sparsity): found["density"]
-        for scorer, by_sparsity in first["sparse"].items()
-        for sparsity, found in by_sparsity.items()
+        for scorer in SCORERS
+        for sparsity, found in first["sparse"][scorer].items()
     }
     header = ["method", "dense", "needed density"]
     header += [f"{density:.0%} kept by {scorer}" for (scorer, _), density in sparse.items()]

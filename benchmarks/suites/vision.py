@@ -83,7 +83,7 @@ class Method:
 
 OUTPUT_PENALTIES = ("label smoothing", "confidence")
 DENSITY, ROW, RANGE, SCORES = (
-    Method("density (ours)", "density", 0.15),
+    Method("density (ours)", "density", 0.1),
     Method("row entropy", "row entropy", 0.1),
     Method("range entropy of keys (paper)", "range entropy of keys", 0.1),
     Method("L1 of scores", "L1 of scores", 0.1),
@@ -108,8 +108,8 @@ def _ablation(base: Method, changed: str, strength: float | None = None, **optio
 
 
 ABLATION = (
-    _ablation(DENSITY, "target 0.1", 0.1),
-    _ablation(DENSITY, "target 0.3", 0.3),
+    _ablation(DENSITY, "target 0.07", 0.07),
+    _ablation(DENSITY, "target 0.2", 0.2),
     _ablation(RANGE, "weight 0.02", 0.02),
     _ablation(RANGE, "weight 0.5", 0.5),
     _ablation(RANGE, "alpha x 0.5", sharpness=0.5),
@@ -150,14 +150,12 @@ class Plan:
             geometry = Geometry(hidden=32, layers=2, heads=1, mlp=64)
             few = {"scenes": 3, "other": 3}
             return cls(geometry, 8, few, 24, 16, (0,), (PLAIN, DENSITY), (), ("contrast",))
-        steps = {"scenes": 500, "photographs": 300, "digits": 150, "other": 2000}
-        seeds = (0, 1, 2)
+        steps = {"scenes": 400, "photographs": 300, "digits": 150, "other": 2000}
+        every = tuple(CORRUPTIONS)
         if form == "quick":
-            steps, seeds = {name: count // 5 for name, count in steps.items()}, (0,)
-        ablation = ABLATION if form == "full" else ()
-        return cls(
-            Geometry(), 256, steps, 40960, 1024, seeds, METHODS, ablation, tuple(CORRUPTIONS)
-        )
+            steps = {name: count // 5 for name, count in steps.items()}
+            return cls(Geometry(), 256, steps, 10240, 512, (0,), METHODS[:3], (), every)
+        return cls(Geometry(), 256, steps, 40960, 1024, (0, 1, 2), METHODS, ABLATION, every)
 
     def steps_of(self, unit: Unit) -> int:
         return self.steps.get(unit.task, self.steps["other"]) if unit.method.trains else 0
