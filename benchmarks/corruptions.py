@@ -112,9 +112,12 @@ def mean_corruption_error(
 
     Args:
         errors: of each corruption, the share of wrong answers at each severity.
-        baseline: the same of the model that is compared with.
+        baseline: the same of the model that is compared with; corruptions under which it makes no
+            error, and which have no ratio, are left out.
     """
     if errors.keys() != baseline.keys():
         raise ValueError(f"corruptions differ: {sorted(errors)} and {sorted(baseline)}")
-    ratios = [sum(errors[name]) / sum(baseline[name]) for name in errors]
+    ratios = [sum(errors[name]) / sum(baseline[name]) for name in errors if sum(baseline[name])]
+    if not ratios:
+        raise ValueError("the baseline makes no error under any corruption")
     return sum(ratios) / len(ratios)

@@ -35,7 +35,7 @@ def test_labels_are_balanced_and_the_target_is_a_part_of_the_image():
     assert scenes.images.dtype == torch.uint8
     assert torch.bincount(scenes.labels).tolist() == [50] * len(SHAPES)
     share = scenes.masks.float().mean((1, 2))
-    assert 0.04 < share.min()
+    assert share.min() > 0.04
     assert share.max() < 0.21
     # Anywhere: all but the outermost pixels of the corners are covered by one target or another.
     assert scenes.masks.any(0).float().mean() > 0.88
@@ -194,5 +194,9 @@ def test_mean_corruption_error_is_the_mean_of_ratios_of_sums():
     plain = {"fog": [0.2, 0.4], "noise": [0.3, 0.1]}
     assert mean_corruption_error(errors, plain) == pytest.approx((0.3 / 0.6 + 0.8 / 0.4) / 2)
     assert mean_corruption_error(plain, plain) == 1.0
+    # Without an error of the baseline there is no ratio.
+    assert mean_corruption_error(errors, plain | {"fog": [0.0, 0.0]}) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="no error"):
+        mean_corruption_error(errors, {"fog": [0.0], "noise": [0.0]})
     with pytest.raises(ValueError, match="differ"):
         mean_corruption_error(errors, {"fog": [0.1]})
