@@ -41,6 +41,13 @@ class AttentionPenalty(ABC, nn.Module):
         self._generator = torch.Generator().manual_seed(seed)
         self._installation = Installation(sites, self.layers)
 
+    def get_extra_state(self) -> Tensor:
+        """For `state_dict`: where the samples go on."""
+        return self._generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
     @abstractmethod
     def measure(self, call: AttentionCall, layer: int) -> Tensor:
         """Of one call, a tensor without dimensions, in fp32."""

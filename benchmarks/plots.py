@@ -203,6 +203,64 @@ def break_even(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, pa
         _save(figure, path)
 
 
+def accuracy_against_density(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]], title: str, path: Path
+) -> None:
+    """A line a method, through (density, accuracy, half width of its interval, 0 for none)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+        for index, (name, points) in enumerate(curves.items()):
+            densities, accuracies, halves = zip(*sorted(points), strict=True)
+            axes.errorbar(
+                [100 * density for density in densities],
+                [100 * accuracy for accuracy in accuracies],
+                [100 * half for half in halves],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                linewidth=1.5,
+                capsize=3,
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.set_xticks([100, 50, 25, 12.5])
+        axes.set_xlabel("density: share of the blocks that are computed")
+        axes.set_ylabel("accuracy")
+        axes.set_title(title, loc="left")
+        figure.legend(fontsize=9, loc="outside right upper")
+        _save(figure, path)
+
+
+def perplexity_against_density(
+    curves: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path
+) -> None:
+    """A line a method, through (density, perplexity)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+        for index, (name, points) in enumerate(curves.items()):
+            densities, perplexities = zip(*points, strict=True)
+            turn, place = divmod(index, len(COLOURS))
+            axes.plot(
+                [100 * density for density in densities],
+                perplexities,
+                color=COLOURS[place],
+                marker=MARKERS[place % len(MARKERS)],
+                markerfacecolor="white" if turn else COLOURS[place],
+                linestyle="--" if turn else "-",
+                linewidth=1.5,
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([5, 10, 20, 40])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.set_xlabel("density: share of the causal tiles that are computed")
+        axes.set_ylabel("held-out perplexity")
+        axes.set_title(title, loc="left")
+        figure.legend(fontsize=9, loc="outside right upper")
+        _save(figure, path)
+
+
 def _colour(names: Sequence[str], name: str) -> str:
     return COLOURS[names.index(name) % len(COLOURS)]
 

@@ -93,6 +93,10 @@ SUITES: dict[str, Suite] = {
         Suite("finetune", "perplexity against density of SmolLM2 fine-tuned with regularizers"),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
+        Suite(
+            "vision",
+            "small vision transformers by regularizer: sparse, corrupted, and where they look",
+        ),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
     )
 }

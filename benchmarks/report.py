@@ -7,16 +7,24 @@ It covers every machine that was measured, or with ``<!-- begin:NAME:newest -->`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 
+from entropy_attn.benchmarks import report_finetune, report_vision
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
-from entropy_attn.benchmarks.environment import machine_name
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.tables import (
+    EMPTY,
+    Newest,
+    by_machine,
+    commit,
+    full_records,
+    markdown,
+    per_machine,
+    slug,
+)
 
-EMPTY = "*Not measured yet.*"
 _NEWEST = ":newest"
 _MARKED = re.compile(rf"(<!-- begin:([\w-]+)({_NEWEST})? -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
 _BEGIN = re.compile(rf"<!-- begin:([\w-]+)(?:{_NEWEST})? -->")
@@ -41,58 +49,6 @@ def fill(text: str, store: Store) -> str:
     if count != len(names):
         raise ValueError("a <!-- begin:NAME --> has no <!-- end:NAME --> after it")
     return filled
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def full_records(store: Store, suite: str, **config) -> list[Record]:
-    """The latest records of the full form that came out well, grouped by machine."""
-    records = store.latest(suite, form="full", **config)
-    return sorted((r for r in records if r.result["status"] == "ok"), key=lambda r: r.machine)
-
-
-class Newest(Store):
-    """The records of the machine that a suite was run on last."""
-
-    def load(self, suite: str, **config) -> list[Record]:
-        records = super().load(suite, **config)
-        machine = max(records, key=lambda r: r.time).machine if records else None
-        return [r for r in records if r.machine == machine]
-
-
-def by_machine(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
-    for machine, group in groupby(records, key=lambda r: r.machine):
-        yield machine, list(group)
-
-
-def provenance(records: list[Record]) -> str:
-    """One line that says where and when the records were measured."""
-    last = max(records, key=lambda r: r.time)
-    found = last.environment
-    parts = [machine_name(found)]
-    parts += [f"{name} {found[name]}" for name in ("driver", "torch", "triton") if found.get(name)]
-    commits = sorted({_commit(r) for r in records})
-    parts.append(("commit " if len(commits) == 1 else "commits ") + ", ".join(commits))
-    parts.append(last.time[:10])
-    return "*" + "; ".join(parts) + ".*"
-
-
-def _commit(record: Record) -> str:
-    found = record.environment
-    return (found["commit"] or "unknown")[:9] + ("+changes" if found["dirty"] else "")
-
-
-def _per_machine(store: Store, suite: str, table: Callable[[list[Record]], str], **config) -> str:
-    parts = [
-        f"{provenance(records)}\n\n{table(records)}"
-        for _, records in by_machine(full_records(store, suite, **config))
-    ]
-    return "\n\n".join(parts) or EMPTY
 
 
 def case_name(config: dict) -> str:
@@ -143,7 +99,7 @@ def _attention(direction: str) -> Callable[[Store], str]:
         )
         return f"{setup}\n\n{markdown(['case', *names], rows)}"
 
-    return lambda store: _per_machine(store, "attention", table, direction=direction)
+    return lambda store: per_machine(store, "attention", table, direction=direction)
 
 
 def _entropy_overhead(store: Store) -> str:
@@ -155,7 +111,7 @@ def _entropy_overhead(store: Store) -> str:
                 rows.append([title, f"{plain:.2f}", f"{both:.2f}", f"{both / plain - 1:+.1%}"])
         return markdown(["case", "output, ms", "and both entropies, ms", "more"], rows)
 
-    return _per_machine(store, "attention", table, direction="forward")
+    return per_machine(store, "attention", table, direction="forward")
 
 
 def _selection(store: Store) -> str:
@@ -176,7 +132,7 @@ def _selection(store: Store) -> str:
         header = ["case", "scorer", "budget", "selection, ms", "attention at 0.2, ms", "share"]
         return markdown(header, rows)
 
-    return _per_machine(store, "select", table, kind="select")
+    return per_machine(store, "select", table, kind="select")
 
 
 def _reordering(store: Store) -> str:
@@ -197,7 +153,7 @@ def _reordering(store: Store) -> str:
         )
         return f"{setup}\n\n{markdown(['N', *names], rows)}"
 
-    return _per_machine(store, "reorder", table, kind="time")
+    return per_machine(store, "reorder", table, kind="time")
 
 
 def _reordering_density(store: Store) -> str:
@@ -218,7 +174,7 @@ def _reordering_density(store: Store) -> str:
         )
         return f"{setup}\n\n{markdown(['tokens', *names], rows)}"
 
-    return _per_machine(store, "reorder", table, kind="density")
+    return per_machine(store, "reorder", table, kind="density")
 
 
 def _crossover(store: Store) -> str:
@@ -236,7 +192,7 @@ def _crossover(store: Store) -> str:
         header = ["case", "N", "best dense, ms", "sparse with selection, ms", "break-even density"]
         return markdown(header, rows)
 
-    return _per_machine(store, "crossover", table)
+    return per_machine(store, "crossover", table)
 
 
 def _quality(store: Store) -> str:
@@ -246,7 +202,7 @@ def _quality(store: Store) -> str:
             _quality_of_text([r for r in records if r.config["text"] == text]) for text in texts
         )
 
-    return _per_machine(store, "quality", table)
+    return per_machine(store, "quality", table)
 
 
 def _quality_at_a_quarter(store: Store) -> str:
@@ -259,7 +215,7 @@ def _quality_at_a_quarter(store: Store) -> str:
             return EMPTY
         return _quality_of_text(sorted(near, key=lambda r: r.result["change"]))
 
-    return _per_machine(store, "quality", table)
+    return per_machine(store, "quality", table)
 
 
 def _near_a_quarter(record: Record) -> bool:
@@ -297,13 +253,13 @@ def _training(store: Store) -> str:
                 r.config["regularizer"],
                 f"{r.result['median_ms']:.1f}",
                 f"{r.result['ratio']:.3f}",
-                _commit(r),
+                commit(r),
             ]
             for r in records
         ]
         return markdown(["model", "measured", "step, ms", "relative", "commit"], rows)
 
-    return _per_machine(store, "train", table)
+    return per_machine(store, "train", table)
 
 
 def _soft_entropy(store: Store) -> str:
@@ -322,7 +278,7 @@ def _soft_entropy(store: Store) -> str:
         ]
         return markdown(["case", "by", "ms", "bandwidth", "memory, MiB"], rows)
 
-    return _per_machine(store, "entropy", table)
+    return per_machine(store, "entropy", table)
 
 
 TABLES: dict[str, Callable[[Store], str]] = {
@@ -337,6 +293,8 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "soft-entropy": _soft_entropy,
     "quality": _quality,
     "quality-at-a-quarter": _quality_at_a_quarter,
+    **report_finetune.TABLES,
+    **report_vision.TABLES,
 }
 
 
@@ -357,7 +315,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
                 }
                 for title, case in cases_of(records).items()
             }
-            path = folder / f"attention_{direction}_{_slug(machine)}.png"
+            path = folder / f"attention_{direction}_{slug(machine)}.png"
             plots.bars(groups, "TFLOP/s on visited tiles", f"{direction}, {machine}", path)
             drawn.append(path)
     for machine, records in by_machine(full_records(store, "crossover")):
@@ -366,7 +324,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
             name = f"D={r.config['head_dim']}" + (", causal" if r.config["is_causal"] else "")
             point = (r.config["length"], r.result["break_even_density"])
             curves.setdefault(name, []).append(point)
-        path = folder / f"crossover_{_slug(machine)}.png"
+        path = folder / f"crossover_{slug(machine)}.png"
         plots.break_even(curves, f"sparse beats dense below the curve, {machine}", path)
         drawn.append(path)
     for machine, records in by_machine(full_records(store, "quality")):
@@ -384,11 +342,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
             if len({point.family for point in points}) < 2:  # a run that was cut short
                 continue
             part = next((part for part, name in PARTS.items() if name == text), text)
-            path = folder / f"quality_{_slug(part)}_{_slug(machine)}.png"
+            path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    return drawn
-
-
-def _slug(machine: str) -> str:
-    return re.sub(r"\W+", "_", machine).strip("_").lower()
+    return drawn + report_finetune.draw(store, folder) + report_vision.draw(store, folder)

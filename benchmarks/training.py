@@ -146,7 +146,7 @@ def _load(path: Path, saved: Mapping[str, Stateful], identity: Mapping[str, Any]
 
 
 def is_done(store: Store, suite: str, config: Mapping[str, Any]) -> bool:
-    """Whether the store has this measurement of a machine like this one, and it came out well."""
+    """Whether the store has this measurement from a machine like this one, with status ok."""
     machine = Record(suite, {}, {}).machine
     return any(
         record.config == config and record.machine == machine and record.result["status"] == "ok"

@@ -1,0 +1,157 @@
+"""Tables and pictures of the suite ``finetune``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from entropy_attn.benchmarks.statistics import mean_interval, with_interval
+from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.tables import (
+    by_machine,
+    full_records,
+    markdown,
+    per_machine,
+    slug,
+)
+
+SUITE, VERSION = "finetune", 2
+PLAIN = "plain"
+# Perplexity over that of plain fine-tuning with dense attention, at which densities are compared.
+LEVELS = (0.05, 0.1, 0.2, 0.4)
+FAMILIES = ("predicted", "oracle", "top-k")
+Runs = dict[str, dict[int, dict[str, Any]]]  # by method, then by seed
+
+
+def title(config: dict[str, Any]) -> str:
+    """A method as one writes it."""
+    name = config["method"]
+    if config["strength"]:
+        name += f" {config['strength']:g}"
+    return name if config["attends"] == "dense" else f"{name}, sparse by {config['attends']}"
+
+
+def runs_of(records: Sequence[Record]) -> Runs:
+    found: Runs = {}
+    for record in records:
+        found.setdefault(title(record.config), {})[record.config["seed"]] = record.result
+    return found
+
+
+def frontier(result: dict[str, Any], family: str) -> list[tuple[float, float]]:
+    """(density, perplexity) of a family's points, from sparse to dense."""
+    points = [p for p in result["points"] if p["family"] == family]
+    return sorted((p["density"], p["perplexity"]) for p in points)
+
+
+def density_at(points: Sequence[tuple[float, float]], perplexity: float) -> float | None:
+    """The least density that reaches a perplexity, between points by the density's logarithm.
+
+    None where the frontier begins below it or never reaches it: nothing is extrapolated.
+    """
+    for (low, worse), (high, better) in itertools.pairwise(points):
+        if worse >= perplexity >= better and worse > better:
+            share = (worse - perplexity) / (worse - better)
+            return math.exp((1 - share) * math.log(low) + share * math.log(high))
+    return None
+
+
+def ratios(runs: Runs, method: str, family: str, level: float) -> list[float]:
+    """Density over that of plain fine-tuning at the same perplexity, of each seed."""
+    found = []
+    for seed, result in runs[method].items():
+        plain = runs.get(PLAIN, {}).get(seed)
+        if plain is None:
+            continue
+        target = plain["perplexity"] + level
+        ours = density_at(frontier(result, family), target)
+        theirs = density_at(frontier(plain, family), target)
+        if ours is not None and theirs is not None:
+            found.append(ours / theirs)
+    return found
+
+
+def _table(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        runs = runs_of(records)
+        rows = []
+        for method, by_seed in runs.items():
+            results = list(by_seed.values())
+            cells = [str(len(results))]
+            cells += [with_interval([r["perplexity"] for r in results], ".2f")]
+            cells += [with_interval([r["density"] for r in results], ".3f")]
+            cells += [with_interval(_densities(runs, method, level), ".3f") for level in LEVELS]
+            rows.append([method, *cells])
+        header = ["fine-tuning", "seeds", "dense perplexity", "needed density"]
+        header += [f"density at {level:+g}" for level in LEVELS]
+        return f"{_setup(records)}\n\n{markdown(header, rows)}"
+
+    return per_machine(store, SUITE, table, version=VERSION)
+
+
+def _densities(runs: Runs, method: str, level: float) -> list[float]:
+    """Predicted density at a perplexity over plain fine-tuning's, of each seed that reaches it."""
+    found = []
+    for seed, result in runs[method].items():
+        plain = runs.get(PLAIN, {}).get(seed) or runs.get(PLAIN, {}).get(0)
+        if plain is not None:
+            density = density_at(frontier(result, "predicted"), plain["perplexity"] + level)
+            found += [] if density is None else [density]
+    return found
+
+
+def _ratios(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        runs = runs_of(records)
+        rows = []
+        for method in runs:
+            cells = [
+                with_interval(ratios(runs, method, family, level), ".2f")
+                for family in FAMILIES[:2]
+                for level in LEVELS
+            ]
+            rows.append([method, *cells])
+        header = ["fine-tuning"]
+        header += [f"{family}, {level:+g}" for family in FAMILIES[:2] for level in LEVELS]
+        return markdown(header, rows)
+
+    return per_machine(store, SUITE, table, version=VERSION)
+
+
+def _setup(records: list[Record]) -> str:
+    config = records[-1].config
+    return (
+        f"{config['model']}, {config['steps']} steps of {config['batch']} x {config['length']} "
+        f"tokens, learning rate {config['learning_rate']:g}; {config['windows']} x "
+        f"{config['length']} tokens of {config['held_out']}, blocks of {config['block']}."
+    )
+
+
+TABLES: dict[str, Callable[[Store], str]] = {"finetune": _table, "finetune-ratios": _ratios}
+
+
+def draw(store: Store, folder: Path) -> list[Path]:
+    """Perplexity against density, a curve a method, blocks chosen by the predictor."""
+    from entropy_attn.benchmarks import plots
+
+    drawn = []
+    for machine, records in by_machine(full_records(store, SUITE, version=VERSION)):
+        curves = {
+            method: _mean_curve([frontier(r, "predicted") for r in by_seed.values()])
+            for method, by_seed in runs_of(records).items()
+        }
+        path = folder / f"finetune_{slug(machine)}.png"
+        plots.perplexity_against_density(curves, f"held-out prose, {machine}", path)
+        drawn.append(path)
+    return drawn
+
+
+def _mean_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Means over the seeds of the points of the same budget."""
+    return [
+        (mean_interval([d for d, _ in points])[0], mean_interval([p for _, p in points])[0])
+        for points in zip(*curves, strict=True)
+    ]
