@@ -106,7 +106,7 @@ def methods(form: str) -> list[Method]:
     return [
         Method(UNTRAINED),
         *main,
-        Method("density", 0.07, sparse),
+        Method("density", 0.13, sparse),
         Method("density", 0.1),
         Method("row entropy", 0.03),
         Method("L1 of scores", 0.02),
