@@ -84,7 +84,7 @@ def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
     if call.codes is None:
         return call, None
     q_valid, kv_valid = valid_tokens(call)
-    kv_order, _, kv_lens = _stable_partition(kv_valid)
+    kv_order, _, kv_lens = stable_partition(kv_valid)
     moved = {
         "key": _take(call.key, kv_order),
         "value": _take(call.value, kv_order),
@@ -93,7 +93,7 @@ def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
     }
     if q_valid is None:
         return replace(call, **moved), None
-    q_order, q_place, q_lens = _stable_partition(q_valid)
+    q_order, q_place, q_lens = stable_partition(q_valid)
     moved |= {"query": _take(call.query, q_order), "q_lens": q_lens}
     return replace(call, **moved), q_place
 
@@ -112,7 +112,7 @@ def restore(out: Tensor, place: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("entropy_attn::stable_partition", mutates_args=())
-def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where each row of the valid-first order comes from, the inverse, and how many are valid.
 
     The orders are (B, N) int64, the count is (B,) int32.
@@ -125,7 +125,7 @@ def _stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, place, count[:, 0].to(torch.int32)
 
 
-@_stable_partition.register_fake
+@stable_partition.register_fake
 def _(valid):
     order = valid.new_empty(valid.shape, dtype=torch.int64)
     return order, torch.empty_like(order), valid.new_empty(valid.shape[0], dtype=torch.int32)

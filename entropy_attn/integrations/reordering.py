@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn.integrations.call import AttentionCall
-from entropy_attn.integrations.padding import valid_tokens
+from entropy_attn.integrations.padding import stable_partition, valid_tokens
 from entropy_attn.reorder import Reorder, leading_tokens, sort_tokens
 from entropy_attn.validation import check_reorderable
 
@@ -42,14 +42,10 @@ def reordered(
         kv_valid = leading_tokens(call.key, call.kv_lens)
     else:
         q_valid, kv_valid = valid_tokens(call)
-        lens = {"q_lens": None if q_valid is None else _count(q_valid), "kv_lens": _count(kv_valid)}
+        q_lens = None if q_valid is None else stable_partition(q_valid)[2]
+        lens = {"q_lens": q_lens, "kv_lens": stable_partition(kv_valid)[2]}
         if q_valid is None:
             q_valid = leading_tokens(call.query, None)
     tokens = sort_tokens(call.query, call.key, call.value, reorder, q_valid, kv_valid)
     query, key, value, back = tokens
     return replace(call, query=query, key=key, value=value, codes=None, **lens), back
-
-
-def _count(valid: Tensor) -> Tensor:
-    # The last of the running sum that sorting takes too, see `padding._stable_partition`.
-    return valid.cumsum(1)[:, -1].to(torch.int32)
