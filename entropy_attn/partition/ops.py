@@ -19,12 +19,21 @@ from entropy_attn.reference import soft_entropy as reference
 
 
 def _range(backend: str) -> Any:
-    """The module that implements balls."""
+    """The module that implements the masses of balls."""
     if backend == "reference":
         return reference
     from entropy_attn.kernels import range_entropy
 
     return range_entropy
+
+
+def _range_gradients(backend: str) -> Any:
+    """The module that implements their gradients."""
+    if backend == "reference":
+        return reference
+    from entropy_attn.kernels import range_gradients
+
+    return range_gradients
 
 
 def _halfspace(backend: str) -> Any:
@@ -77,7 +86,7 @@ def range_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of points, anchors, alpha and weights; empty where they are not needed."""
-    return _range(backend).range_gradients(
+    return _range_gradients(backend).range_gradients(
         grad, points, anchors, alpha, weights, entropy, mass, lse, need_points, need_anchors,
         need_weights,
     )  # fmt: skip
