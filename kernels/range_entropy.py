@@ -181,7 +181,8 @@ def range_mass(
 
     Args:
         points: (B0, B1, n, d) fp32, fp16 or bf16, any strides.
-        anchors: (B0, B1, k, d) fp32, may be expanded. alpha: (B0, B1) fp32.
+        anchors: (B0, B1, k, d) in fp32 or the dtype of the points, may be expanded.
+        alpha: (B0, B1) fp32.
         weights: (B0, B1, n) fp32, any strides, or None for 1.
 
     Returns:
@@ -215,6 +216,6 @@ def range_mass(
         cells = step_of(k)
         _entropy_kernel[(batch,)](
             sums, call.weight_sums, mass, entropy, n, k, call.k_padded, splits,
-            HAS_WEIGHTS=has_weights, SPLITS=8192 // cells, CELLS=cells, num_warps=8,
+            HAS_WEIGHTS=has_weights, SPLITS=16384 // cells, CELLS=cells, num_warps=16,
         )  # fmt: skip
     return entropy, mass, lse, peak

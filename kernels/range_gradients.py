@@ -179,6 +179,16 @@ def _anchor_kernel(
             expected = tl.load(expected_ptr + where, mask=rows < n, other=0.0)
         e = p * (g[None, :] - expected[:, None])
         weight = row_weights(weights, outer, head, weight_strides, rows, n, HAS_WEIGHTS)
+        if NEED_ANCHORS:
+            # Before the products, so that these find free registers.
+            steepness = tl.sum(e * log_share, 1)
+            if HAS_WEIGHTS:
+                steepness = tl.where(weight > 0.0, steepness * weight, 0.0)
+            slope += steepness
+            if CENTRED and HAS_WEIGHTS:
+                flow += weighted_rows(e, weight)
+            elif CENTRED:
+                flow += e
         high, low = two_terms(e, HALF)
         if NEED_POINTS and ONE_CHUNK:
             if WHOLE:
@@ -193,7 +203,6 @@ def _anchor_kernel(
                 out_dims, DIM, HAS_WEIGHTS,
             )  # fmt: skip
         if NEED_ANCHORS:
-            steepness = tl.sum(e * log_share, 1)
             if WHOLE:
                 x, x_low, units = x_terms
             else:
@@ -201,15 +210,9 @@ def _anchor_kernel(
                     points, point_strides, centre, rows, out_dims, n, HALF, DIM, CENTRED
                 )
             if HAS_WEIGHTS:
-                steepness = tl.where(weight > 0.0, steepness * weight, 0.0)
                 # 0 times what a masked point holds may be NaN.
                 x = tl.where((weight > 0.0)[:, None], x, 0.0)
                 x_low = tl.where((weight > 0.0)[:, None], x_low, 0.0)
-            slope += steepness
-            if CENTRED and HAS_WEIGHTS:
-                flow += weighted_rows(e, weight)
-            elif CENTRED:
-                flow += e
             total_unit = result_unit
             if HAS_WEIGHTS or CENTRED:
                 # Factors of points go into e over a power of two of the tile: none exceeds 1.
@@ -274,7 +277,8 @@ def _cell_gradient_kernel(
         if CENTRED:
             origin -= tl.load(centre + which * DIM + dims, mask=dims < DIM, other=0.0)
         grad = (tl.sum(total, 0) - origin * tl.sum(flow, 0)) * (2.0 * sharpness)
-        tl.store(grad_ptr + program.to(tl.int64) * DIM + dims, grad, mask=dims < DIM)
+        out = grad_ptr + program.to(tl.int64) * DIM + dims
+        tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=dims < DIM)
     if anchor == 0:
         slope = tl.zeros([SPLITS], tl.float32)
         for start in range(0, splits * chunks, SPLITS):
@@ -296,9 +300,9 @@ def backward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeCon
     if arch.startswith("gfx"):
         part = min(padded, 32)
         return RangeConfig(32, min(64, cells), part, part, 4, 1, 1024)
-    if cells <= 64 or arch != "sm90" or dtype == torch.float32:
-        return RangeConfig(64, min(64, cells), part, part, 4, 2, 264)
-    return RangeConfig(128, 128, part, part, 8, 2, 132)
+    if cells > 64 and arch == "sm90" and dtype != torch.float32 and padded <= 64:
+        return RangeConfig(128, 128, part, part, 8, 2, 132)
+    return RangeConfig(64, min(64, cells), part, part, 4, 2, 264)
 
 
 def range_gradients(
@@ -318,8 +322,8 @@ def range_gradients(
     """Gradients from that of the entropy, given what `range_mass` took and returned.
 
     Returns:
-        dx (B0, B1, n, d) in the dtype of the points; danchors (B0, B1, k, d), dalpha (B0, B1) and
-        dweights (B0, B1, n) in fp32. Those not needed are empty.
+        dx (B0, B1, n, d) in the dtype of the points; danchors (B0, B1, k, d) in that of the
+        anchors; dalpha (B0, B1) and dweights (B0, B1, n) in fp32. Those not needed are empty.
     """
     outer, inner, n, dim = points.shape
     batch, k = outer * inner, anchors.shape[2]
@@ -327,12 +331,12 @@ def range_gradients(
     if batch * n == 0:
         shape = anchors.shape if need_anchors else (0,)
         weight_grad = alpha.new_zeros((outer, inner, n) if need_weights else (0,))
-        return point_grad, alpha.new_zeros(shape), alpha.new_zeros(shape[:2]), weight_grad
+        return point_grad, anchors.new_zeros(shape), alpha.new_zeros(shape[:2]), weight_grad
     config = config or backward_config(dim, k, points.dtype, architecture(points.device))
     call = Call(points, anchors, alpha, weights, config)
     parts = triton.cdiv(dim, config.block_out) if need_points or need_anchors else 1
     splits, share = split_rows(call.tiles, batch * call.chunks * parts, config.programs)
-    anchor_grad = alpha.new_empty(anchors.shape if need_anchors else (0,))
+    anchor_grad = anchors.new_empty(anchors.shape if need_anchors else (0,))
     alpha_grad = alpha.new_empty((outer, inner) if need_anchors else (0,))
     surprise, rate = alpha.new_empty(batch, call.k_padded), alpha.new_empty(outer, inner)
     # Where neither asks for it, G stays in registers.

@@ -208,6 +208,23 @@ def test_kernels_are_as_good_as_plain_pytorch(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [5, 140])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_anchors_in_half_precision(batch: tuple, k: int, backend: str, device: str) -> None:
+    """The same numbers as with anchors in fp32, and gradients that are rounded once."""
+    x = torch.randn(*batch, 20, 4, device=device).half()
+    anchors = torch.randn(k, 4, device=device).half()
+    results = []
+    for given in (anchors, anchors.float()):
+        leaf = given.requires_grad_()
+        out = ea.range_entropy(x, leaf, 0.7, backend=backend)
+        results.append((out, torch.autograd.grad(out.sum(), leaf)[0]))
+    (out, grad), (expected, exact) = results
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, exact.half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_alpha_of_each_set(backend: str, device: str) -> None:
     x, anchors = torch.randn(2, 3, 20, 4, device=device), torch.randn(5, 4, device=device)
     alpha = torch.tensor([0.1, 1.0, 5.0], device=device, requires_grad=True)

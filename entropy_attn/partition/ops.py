@@ -1,8 +1,9 @@
 """The custom ops of soft partitions: masses of cells, their entropy, and its gradients.
 
 Each picks the Triton launcher or the PyTorch reference by name and has a fake for tracing.
-Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Arguments are
-valid when they arrive here: `entropy_attn.partition` checks them.
+Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Anchors, and so
+their gradients, may also be in the dtype of the points: a cast would be a kernel of its own.
+Arguments are valid when they arrive here: `entropy_attn.partition` checks them.
 
 With W the sum of weights and G_i = sum_j p_ij (-log P_j - H), the gradient of a weight is G_i / W.
 A set without weight has masses, entropy and gradients 0.
@@ -63,10 +64,10 @@ def range_forward(
 def _(points, anchors, alpha, weights, with_peak, backend):
     rows = points.shape[:3]
     return (
-        anchors.new_empty(points.shape[:2]),
-        anchors.new_empty(*points.shape[:2], anchors.shape[2]),
-        anchors.new_empty(rows),
-        anchors.new_empty(rows if with_peak else (0,)),
+        alpha.new_empty(points.shape[:2]),
+        alpha.new_empty(*points.shape[:2], anchors.shape[2]),
+        alpha.new_empty(rows),
+        alpha.new_empty(rows if with_peak else (0,)),
     )
 
 
@@ -100,8 +101,8 @@ def _(
     return (
         points.new_empty(points.shape if need_points else (0,)),
         anchors.new_empty(anchors.shape if need_anchors else (0,)),
-        anchors.new_empty(alpha.shape if need_anchors else (0,)),
-        anchors.new_empty(points.shape[:3] if need_weights else (0,)),
+        alpha.new_empty(alpha.shape if need_anchors else (0,)),
+        alpha.new_empty(points.shape[:3] if need_weights else (0,)),
     )
 
 

@@ -2,7 +2,7 @@
 
 The CPU backend of `entropy_attn.partition` and the yardstick of its kernels. Nothing of size
 points x cells is stored beyond a chunk. Half precision is computed in fp32, fp64 in fp64. The
-formulas stand at the top of `kernels/range_entropy.py` and `kernels/halfspace_entropy.py`.
+formulas stand at the top of `kernels/range_primitives.py` and `kernels/halfspace_entropy.py`.
 
 Shapes: points (B0, B1, n, d); cells of balls come from anchors (B0, B1, k, d) and alpha (B0, B1),
 cells of halfspaces from normals (B0, B1, T, d), offsets (B0, B1, T) and tau (B0, B1); weights
@@ -94,6 +94,7 @@ def range_mass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entropy (B0, B1), masses (B0, B1, k), log-sum-exp of the scores and the largest p of each
     point (B0, B1, n), the latter empty without ``with_peak``."""
+    anchors = anchors.to(alpha.dtype)
     balls, alpha, k = _Balls(anchors), alpha[..., None, None], anchors.shape[-2]
     sums = anchors.new_zeros(*points.shape[:-2], k)
     lse = anchors.new_empty(points.shape[:-1])
@@ -124,6 +125,7 @@ def range_gradients(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, danchors, dalpha and dweights, empty where not needed."""
+    dtype, anchors = anchors.dtype, anchors.to(alpha.dtype)
     balls, scale = _Balls(anchors), per_weight(grad, weights, points)
     k, g = anchors.shape[-2], surprise(mass, entropy)[..., None, :]
     out_scale = (2 * alpha * scale)[..., None, None]
@@ -149,9 +151,9 @@ def range_gradients(
             slope += (e * _unmasked(closeness, weights, rows)).sum((-1, -2))
     weight_grad = weight_gradient(expected, scale, need_weights)
     if not need_anchors:
-        return point_grad, lse.new_empty(0), lse.new_empty(0), weight_grad
+        return point_grad, lse.new_empty(0, dtype=dtype), lse.new_empty(0), weight_grad
     gradient = (product - balls.anchors * flow[..., None]) * out_scale
-    return point_grad, gradient, slope * scale, weight_grad
+    return point_grad, gradient.to(dtype), slope * scale, weight_grad
 
 
 @without_autocast
