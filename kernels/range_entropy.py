@@ -28,6 +28,7 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    load_norms,
     load_terms,
     problem_of,
     products,
@@ -59,7 +60,7 @@ def _normaliser_kernel(
             points, point_strides, centre, terms, first, rows, columns, n, k_padded,
             DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
-        norm = tl.load(norms + columns) * factor
+        norm = load_norms(norms, columns, factor)
         scores = product * (scale * units)[:, None] - norm[None, :]
         exponents, maximum, shift = online_softmax(scores, 1.0, maximum)
         total = total * tl.exp2(shift) + tl.sum(tl.exp2(exponents), 1)
@@ -88,7 +89,7 @@ def _mass_kernel(
     )  # fmt: skip
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
     first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
-    norm = tl.load(norms + columns) * factor
+    norm = load_norms(norms, columns, factor)
     # Summed over its rows once, at the end: a sum over the rows of a tile crosses threads.
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):

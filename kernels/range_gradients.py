@@ -32,6 +32,7 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    load_norms,
     load_points,
     load_terms,
     problem_of,
@@ -77,7 +78,7 @@ def _point_kernel(
             points, point_strides, centre, terms, first, rows, columns, n, k_padded,
             DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
-        p = tl.exp2(_log_share(product, units, tl.load(norms + columns) * factor, lse, scale))
+        p = tl.exp2(_log_share(product, units, load_norms(norms, columns, factor), lse, scale))
         expected += tl.sum(p * tl.load(surprise + columns)[None, :], 1)
     if part == 0:
         tl.store(expected_ptr + where, expected, mask=rows < n)
@@ -92,7 +93,7 @@ def _point_kernel(
                 points, point_strides, centre, terms, first, rows, columns, n, k_padded,
                 DIM, PADDED, BLOCK_D, TERMS, CENTRED,
             )  # fmt: skip
-            p = tl.exp2(_log_share(product, units, tl.load(norms + columns) * factor, lse, scale))
+            p = tl.exp2(_log_share(product, units, load_norms(norms, columns, factor), lse, scale))
             e = p * (tl.load(surprise + columns)[None, :] - expected[:, None])  # (M, N)
             high, low = two_terms(e, HALF)
             anchor, anchor_low, _ = load_terms(terms, columns, out_dims, k_padded, PADDED, 2)
@@ -148,7 +149,7 @@ def _anchor_kernel(
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
     out_dims = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
-    norm = tl.load(norms + columns) * factor
+    norm = load_norms(norms, columns, factor)
     g = tl.load(surprise + batch.to(tl.int64) * k_padded + columns)
     result_unit = tl.load(rate + batch)
     out_scale = scale * (1.0 / LOG2_E) * result_unit
@@ -225,8 +226,8 @@ def _anchor_kernel(
                 else:  # powers of two
                     high *= row_factor.to(HALF)[:, None]
                     low *= row_factor.to(HALF)[:, None]
-            # With a factor they are added up outside the tensor cores, which would cut digits off,
-            # and have products that follow each other wait.
+            # The factor keeps the sums out of the tensor cores, which cut digits off as they add,
+            # and would make the products of a step wait for those of the last.
             total = dot_terms(tl.trans(high), tl.trans(low), x, x_low, CENTRED)
             product_sum += total * total_unit
             if not CENTRED:

@@ -58,8 +58,8 @@ from entropy_attn.kernels.primitives import (
 LENGTHS = (
     "n", "k", "inner", "tiles", "share", "splits", "chunks", "parts", "problems", "k_padded",
 )  # fmt: skip
-# The b of an anchor that is not there, and the log-sum-exp of a point that is not: p becomes 0,
-# and what is multiplied by it stays finite.
+# The b of an anchor that is not there, and the log-sum-exp of a point that is not, in base 2: p
+# becomes 0, and what is multiplied by it stays finite.
 NOWHERE = tl.constexpr(1.0e30)
 
 
@@ -110,7 +110,7 @@ def _prepare_kernel(
                 other += 2.0 * centre[None, :]
             # b cancels against the product: all its digits count.
             norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
-            norm = tl.where(rows < k, norm, NOWHERE)
+            norm = tl.where(rows < k, norm, float("inf"))
             padded = rows < k_padded
             tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
             rest = relative * scale
@@ -164,6 +164,13 @@ def problem_of(
     scale = 2.0 * factor * tl.load(unit + which)
     terms += which * TERMS * k_padded * PADDED
     return points, terms, norms + which * k_padded, centre + which * DIM, factor, scale
+
+
+@triton.jit
+def load_norms(norms, columns, factor):
+    """(N,) b of the anchors in base 2. One that is not there has none, whatever the factor."""
+    norm = tl.load(norms + columns)
+    return tl.where(norm < float("inf"), norm * factor, NOWHERE)
 
 
 @triton.jit

@@ -174,6 +174,21 @@ def test_an_empty_cell_is_safe(backend: str, device: str) -> None:
     assert (grads[1][2] == 0).all()
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e7])
+@pytest.mark.parametrize("k", [5, 140])
+def test_the_unit_of_length_does_not_matter(k: int, unit: float, device: str) -> None:
+    x, anchors, alpha = Case(33, 3, k).build(device)
+    wanted = [1.0, 1 / unit, 1 / unit, unit**2]
+    leaves = [x * unit, anchors * unit, alpha / unit**2]
+    function = lambda *t: ea.range_entropy(*t, backend="triton")  # noqa: E731
+    near = values_and_gradients(
+        function, [t.detach().requires_grad_() for t in (x, anchors, alpha)]
+    )
+    far = values_and_gradients(function, [t.detach().requires_grad_() for t in leaves])
+    for got, expected, factor in zip(far, near, wanted, strict=True):
+        torch.testing.assert_close(got / factor, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_from_the_origin_no_digit_is_lost(backend: str, device: str) -> None:
     x, anchors = torch.randn(64, 3, device=device), torch.randn(6, 3, device=device)
