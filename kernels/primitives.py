@@ -320,11 +320,17 @@ def log_mass_of_columns(
 
 
 @triton.jit
-def load_part(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_dim):
-    """(rows, dims) part of a matrix in fp32; 0 past the last row and past DIM."""
+def load_rows(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_dim):
+    """(rows, dims) part of a matrix in its own dtype; 0 past the last row and past DIM."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
     mask = (rows < row_end)[:, None] & (dims < DIM)[None, :]
-    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_part(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_dim):
+    """(rows, dims) part of a matrix in fp32; 0 past the last row and past DIM."""
+    return load_rows(base, rows, row_end, dims, DIM, stride_row, stride_dim).to(tl.float32)
 
 
 @triton.jit
@@ -343,3 +349,39 @@ def row_weights(pointer, batch, head, strides, rows, row_end, HAS_WEIGHTS: tl.co
 def weighted_rows(values, weights):
     """(rows, N) values times the row's weight; 0, and never NaN, where the weight is 0."""
     return tl.where((weights > 0.0)[:, None], values * weights[:, None], 0.0)
+
+
+@triton.jit
+def half_range_scale(largest):
+    """A power of two that takes a number >= 0 to [2^13, 2^14), and its inverse.
+
+    What is at most that number then fits fp16 with room for a factor of 4, and 38 binary digits
+    below it are above the least subnormal. By the bits of the exponent, hence exact.
+    """
+    exponent = tl.maximum(largest, 2.0**-100).to(tl.int32, bitcast=True) & 0x7F800000
+    scale = (254 << 23) - exponent + (13 << 23)
+    inverse = exponent - (13 << 23)
+    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def two_terms(values, dtype: tl.constexpr):
+    """fp32 values as a sum of two in half precision: of fp16, 22 of their 24 binary digits."""
+    high = values.to(dtype)
+    return high, (values - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def dot_terms(a, a_low, b, b_low, PAIRS: tl.constexpr):
+    """a @ b in fp32, of half-precision operands or, with PAIRS, of sums of two.
+
+    The product of the two low terms is below the digits of the pairs and left out. Small terms
+    come first, since the accumulator of tensor cores cuts digits off.
+    """
+    if PAIRS:
+        product = tl.dot(a_low, b)
+        product = tl.dot(a, b_low, product)
+        product = tl.dot(a, b, product)
+    else:
+        product = tl.dot(a, b)
+    return product

@@ -22,7 +22,10 @@ OPTIONAL = (
     "typer",
 )  # fmt: skip
 
-HELPERS = ("entropy_attn.kernels.primitives", "entropy_attn.kernels.launch")
+HELPERS = (
+    "entropy_attn.kernels.primitives", "entropy_attn.kernels.launch",
+    "entropy_attn.kernels.range_primitives",
+)  # fmt: skip
 PLAIN = ("entropy_attn.reference",)
 MASKS = (
     "entropy_attn.masks", "entropy_attn.block_lists", "entropy_attn.mask_formats",

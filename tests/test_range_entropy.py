@@ -174,6 +174,21 @@ def test_an_empty_cell_is_safe(backend: str, device: str) -> None:
     assert (grads[1][2] == 0).all()
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e7])
+@pytest.mark.parametrize("k", [5, 140])
+def test_the_unit_of_length_does_not_matter(k: int, unit: float, device: str) -> None:
+    x, anchors, alpha = Case(33, 3, k).build(device)
+    wanted = [1.0, 1 / unit, 1 / unit, unit**2]
+    leaves = [x * unit, anchors * unit, alpha / unit**2]
+    function = lambda *t: ea.range_entropy(*t, backend="triton")  # noqa: E731
+    near = values_and_gradients(
+        function, [t.detach().requires_grad_() for t in (x, anchors, alpha)]
+    )
+    far = values_and_gradients(function, [t.detach().requires_grad_() for t in leaves])
+    for got, expected, factor in zip(far, near, wanted, strict=True):
+        torch.testing.assert_close(got / factor, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_from_the_origin_no_digit_is_lost(backend: str, device: str) -> None:
     x, anchors = torch.randn(64, 3, device=device), torch.randn(6, 3, device=device)
@@ -205,6 +220,23 @@ def test_kernels_are_as_good_as_plain_pytorch(case: Case, device: str) -> None:
     plain = plain_results(case, inputs, exact, [run(case, "reference")])
     for name, got, same, wanted in zip(case.names, found, plain, exact, strict=True):
         assert_close_to_reference(got, same, wanted, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [5, 140])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_anchors_in_half_precision(batch: tuple, k: int, backend: str, device: str) -> None:
+    """The same numbers as with anchors in fp32, and gradients that are rounded once."""
+    x = torch.randn(*batch, 20, 4, device=device).half()
+    anchors = torch.randn(k, 4, device=device).half()
+    results = []
+    for given in (anchors, anchors.float()):
+        leaf = given.requires_grad_()
+        out = ea.range_entropy(x, leaf, 0.7, backend=backend)
+        results.append((out, torch.autograd.grad(out.sum(), leaf)[0]))
+    (out, grad), (expected, exact) = results
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, exact.half())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -197,7 +197,9 @@ class _Balls:
             weights=() if weights is None else weights.shape[:-1],
         )  # fmt: skip
         self.points = _two_leading(x, self.leading, 2)
-        self.anchors = _two_leading(anchors.to(dtype), self.leading, 2)
+        if anchors.shape[:-2].numel() != math.prod(self.leading):
+            anchors = anchors.to(dtype)  # gradients of sets that share anchors are added up
+        self.anchors = _two_leading(anchors, self.leading, 2)
         self.alpha = _two_leading(alpha, self.leading, 0)
         self.weights = weights
         if weights is not None:

@@ -1,8 +1,9 @@
 """The custom ops of soft partitions: masses of cells, their entropy, and its gradients.
 
 Each picks the Triton launcher or the PyTorch reference by name and has a fake for tracing.
-Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Arguments are
-valid when they arrive here: `entropy_attn.partition` checks them.
+Points are (B0, B1, n, d) in any dtype; all else is fp32, or fp64 for fp64 points. Anchors, and so
+their gradients, may also be in the dtype of the points: a cast would be a kernel of its own.
+Arguments are valid when they arrive here: `entropy_attn.partition` checks them.
 
 With W the sum of weights and G_i = sum_j p_ij (-log P_j - H), the gradient of a weight is G_i / W.
 A set without weight has masses, entropy and gradients 0.
@@ -19,12 +20,21 @@ from entropy_attn.reference import soft_entropy as reference
 
 
 def _range(backend: str) -> Any:
-    """The module that implements balls."""
+    """The module that implements the masses of balls."""
     if backend == "reference":
         return reference
     from entropy_attn.kernels import range_entropy
 
     return range_entropy
+
+
+def _range_gradients(backend: str) -> Any:
+    """The module that implements their gradients."""
+    if backend == "reference":
+        return reference
+    from entropy_attn.kernels import range_gradients
+
+    return range_gradients
 
 
 def _halfspace(backend: str) -> Any:
@@ -34,27 +44,6 @@ def _halfspace(backend: str) -> Any:
     from entropy_attn.kernels import halfspace_entropy
 
     return halfspace_entropy
-
-
-def _per_weight(values: Tensor, weights: Tensor | None, points: Tensor) -> Tensor:
-    """(B0, B1, ...) values over the sum of weights; 0 where it is 0."""
-    if weights is None:
-        return values / max(1, points.shape[2])
-    total = weights.sum(-1)
-    total = total.reshape(*total.shape, *[1] * (values.ndim - 2))
-    return torch.where(total > 0, values / total, 0.0)
-
-
-def _mass_and_entropy(
-    sums: Tensor, weights: Tensor | None, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    mass = _per_weight(sums, weights, points)
-    return mass, reference.entropy_of_masses(mass)
-
-
-def _weight_grad(expected: Tensor, scale: Tensor, needed: bool) -> Tensor:
-    """(B0, B1, n) or empty; ``scale`` is the incoming gradient over the sum of weights."""
-    return expected * scale[..., None] if needed else expected.new_empty(0)
 
 
 @torch.library.custom_op("entropy_attn::range_forward", mutates_args=())
@@ -68,19 +57,17 @@ def range_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entropy (B0, B1), mass (B0, B1, k), log-sum-exp (B0, B1, n) in the backend's own base, and
     the largest p of each point (B0, B1, n), empty without ``with_peak``."""
-    sums, lse, peak = _range(backend).range_mass(points, anchors, alpha, weights, with_peak)
-    mass, entropy = _mass_and_entropy(sums, weights, points)
-    return entropy, mass, lse, peak
+    return _range(backend).range_mass(points, anchors, alpha, weights, with_peak)
 
 
 @range_forward.register_fake
 def _(points, anchors, alpha, weights, with_peak, backend):
     rows = points.shape[:3]
     return (
-        anchors.new_empty(points.shape[:2]),
-        anchors.new_empty(*points.shape[:2], anchors.shape[2]),
-        anchors.new_empty(rows),
-        anchors.new_empty(rows if with_peak else (0,)),
+        alpha.new_empty(points.shape[:2]),
+        alpha.new_empty(*points.shape[:2], anchors.shape[2]),
+        alpha.new_empty(rows),
+        alpha.new_empty(rows if with_peak else (0,)),
     )
 
 
@@ -100,12 +87,10 @@ def range_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of points, anchors, alpha and weights; empty where they are not needed."""
-    scale = _per_weight(grad, weights, points)
-    dx, danchors, dalpha, expected = _range(backend).range_gradients(
-        points, anchors, alpha, weights, lse, reference.surprise(mass, entropy), scale,
-        need_points, need_anchors,
+    return _range_gradients(backend).range_gradients(
+        grad, points, anchors, alpha, weights, entropy, mass, lse, need_points, need_anchors,
+        need_weights,
     )  # fmt: skip
-    return dx, danchors, dalpha, _weight_grad(expected, scale, need_weights)
 
 
 @range_backward.register_fake
@@ -116,8 +101,8 @@ def _(
     return (
         points.new_empty(points.shape if need_points else (0,)),
         anchors.new_empty(anchors.shape if need_anchors else (0,)),
-        anchors.new_empty(alpha.shape if need_anchors else (0,)),
-        anchors.new_empty(points.shape[:3] if need_weights else (0,)),
+        alpha.new_empty(alpha.shape if need_anchors else (0,)),
+        alpha.new_empty(points.shape[:3] if need_weights else (0,)),
     )
 
 
@@ -153,8 +138,8 @@ def halfspace_forward(
 ) -> tuple[Tensor, Tensor]:
     """entropy (B0, B1), mass (B0, B1, 2^T)."""
     sums = _halfspace(backend).halfspace_mass(points, normals, offsets, tau, weights)
-    mass, entropy = _mass_and_entropy(sums, weights, points)
-    return entropy, mass
+    mass = reference.per_weight(sums, weights, points)
+    return reference.entropy_of_masses(mass), mass
 
 
 @halfspace_forward.register_fake
@@ -179,12 +164,12 @@ def halfspace_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of points, normals, offsets, tau and weights; empty where not needed."""
-    scale = _per_weight(grad, weights, points)
+    scale = reference.per_weight(grad, weights, points)
     dx, dnormals, doffsets, dtau, expected = _halfspace(backend).halfspace_gradients(
         points, normals, offsets, tau, weights, reference.surprise(mass, entropy), scale,
         need_points, need_planes,
     )  # fmt: skip
-    return dx, dnormals, doffsets, dtau, _weight_grad(expected, scale, need_weights)
+    return dx, dnormals, doffsets, dtau, reference.weight_gradient(expected, scale, need_weights)
 
 
 @halfspace_backward.register_fake

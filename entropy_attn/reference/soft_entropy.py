@@ -2,7 +2,7 @@
 
 The CPU backend of `entropy_attn.partition` and the yardstick of its kernels. Nothing of size
 points x cells is stored beyond a chunk. Half precision is computed in fp32, fp64 in fp64. The
-formulas stand at the top of `kernels/range_entropy.py` and `kernels/halfspace_entropy.py`.
+formulas stand at the top of `kernels/range_primitives.py` and `kernels/halfspace_entropy.py`.
 
 Shapes: points (B0, B1, n, d); cells of balls come from anchors (B0, B1, k, d) and alpha (B0, B1),
 cells of halfspaces from normals (B0, B1, T, d), offsets (B0, B1, T) and tau (B0, B1); weights
@@ -35,6 +35,20 @@ def surprise(mass: Tensor, entropy: Tensor) -> Tensor:
     """
     entropy = entropy[..., None]
     return torch.where(mass > 0, -torch.where(mass > 0, mass, 1.0).log() - entropy, 0.0)
+
+
+def per_weight(values: Tensor, weights: Tensor | None, points: Tensor) -> Tensor:
+    """(B0, B1, ...) values over the sum of weights; 0 where it is 0."""
+    if weights is None:
+        return values / max(1, points.shape[2])
+    total = weights.sum(-1)
+    total = total.reshape(*total.shape, *[1] * (values.ndim - 2))
+    return torch.where(total > 0, values / total, 0.0)
+
+
+def weight_gradient(expected: Tensor, scale: Tensor, needed: bool) -> Tensor:
+    """(B0, B1, n) or empty; ``scale`` is the incoming gradient over the sum of weights."""
+    return expected * scale[..., None] if needed else expected.new_empty(0)
 
 
 def row_chunks(points: Tensor, cells: int) -> Iterator[slice]:
@@ -77,8 +91,10 @@ class _Balls:
 @without_autocast
 def range_mass(
     points: Tensor, anchors: Tensor, alpha: Tensor, weights: Tensor | None, with_peak: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums of p (B0, B1, k), log-sum-exp of the scores and the largest p (B0, B1, n)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """entropy (B0, B1), masses (B0, B1, k), log-sum-exp of the scores and the largest p of each
+    point (B0, B1, n), the latter empty without ``with_peak``."""
+    anchors = anchors.to(alpha.dtype)
     balls, alpha, k = _Balls(anchors), alpha[..., None, None], anchors.shape[-2]
     sums = anchors.new_zeros(*points.shape[:-2], k)
     lse = anchors.new_empty(points.shape[:-1])
@@ -90,29 +106,33 @@ def range_mass(
         sums += _weighted(p, weights, rows).sum(-2)
         if with_peak:
             peak[..., rows] = p.amax(-1)
-    return sums, lse, peak
+    mass = per_weight(sums, weights, points)
+    return entropy_of_masses(mass), mass, lse, peak
 
 
 @without_autocast
 def range_gradients(
+    grad: Tensor,
     points: Tensor,
     anchors: Tensor,
     alpha: Tensor,
     weights: Tensor | None,
+    entropy: Tensor,
+    mass: Tensor,
     lse: Tensor,
-    surprise: Tensor,
-    scale: Tensor,
     need_points: bool,
     need_anchors: bool,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, danchors, dalpha (empty where not needed) and G (B0, B1, n)."""
-    balls = _Balls(anchors)
-    k, g = anchors.shape[-2], surprise[..., None, :]
+    """dx, danchors, dalpha and dweights, empty where not needed."""
+    dtype, anchors = anchors.dtype, anchors.to(alpha.dtype)
+    balls, scale = _Balls(anchors), per_weight(grad, weights, points)
+    k, g = anchors.shape[-2], surprise(mass, entropy)[..., None, :]
     out_scale = (2 * alpha * scale)[..., None, None]
     typical = torch.where(alpha != 0, 1 / alpha, 0.0)[..., None] * lse
     point_grad = points.new_empty(points.shape if need_points else (0,))
     product = torch.zeros_like(anchors, memory_format=torch.contiguous_format)
-    flow, slope = surprise.new_zeros(surprise.shape), alpha.new_zeros(alpha.shape)
+    flow, slope = mass.new_zeros(mass.shape), alpha.new_zeros(alpha.shape)
     expected = lse.new_empty(lse.shape)
     for rows in row_chunks(points, k):
         x = balls.centred(points[..., rows, :])
@@ -122,18 +142,18 @@ def range_gradients(
         expected[..., rows] = mean
         e = _weighted(p * (g - mean[..., None]), weights, rows)
         if need_points:
-            grad = (e @ balls.anchors) * out_scale
-            point_grad[..., rows, :] = grad.to(points.dtype)
+            point_grad[..., rows, :] = ((e @ balls.anchors) * out_scale).to(points.dtype)
         if need_anchors:
             product += e.transpose(-1, -2) @ _unmasked(x, weights, rows)
             flow += e.sum(-2)
             # e sums to 0 over the anchors: less a number for each point, nothing large cancels.
             closeness = closeness - typical[..., rows, None]
             slope += (e * _unmasked(closeness, weights, rows)).sum((-1, -2))
+    weight_grad = weight_gradient(expected, scale, need_weights)
     if not need_anchors:
-        return point_grad, lse.new_empty(0), lse.new_empty(0), expected
+        return point_grad, lse.new_empty(0, dtype=dtype), lse.new_empty(0), weight_grad
     gradient = (product - balls.anchors * flow[..., None]) * out_scale
-    return point_grad, gradient, slope * scale, expected
+    return point_grad, gradient.to(dtype), slope * scale, weight_grad
 
 
 @without_autocast
