@@ -6,6 +6,7 @@ takes a run of points through all of them; beyond, log-sum-exp comes from a pass
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -154,19 +155,24 @@ def _entropy_kernel(
     tl.store(entropy_ptr + batch, tl.maximum(tl.sum(entropy, 0), 0.0))
 
 
-def forward_config(dim: int, k: int, arch: str) -> RangeConfig:
+def forward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConfig:
     """All anchors at once up to 256 of them where they fit: it saves a pass over the points.
 
-    Triton 3.6 compiles wider tiles to a trap for sm_100, and most others have less shared memory.
+    Measured for sm_90 at d=64, k=64 and 256. Triton 3.6 compiles wider tiles to a trap for sm_100,
+    and most others have less shared memory.
     """
     padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
     part = min(padded, 64)
     if arch.startswith("gfx"):
         return RangeConfig(64, min(64, cells), min(padded, 32), 0, 4, 1, 1024)
-    if cells <= 64 or arch != "sm90":
+    if arch != "sm90":
         return RangeConfig(64, min(64, cells), part, 0, 4, 2, 528)
+    if cells <= 64:
+        if dtype == torch.float32:
+            return RangeConfig(64, cells, part, 0, 4, 3, 396)
+        return RangeConfig(128, cells, part, 0, 8, 3, 264)
     if cells == 256 and padded <= 64:
-        return RangeConfig(64, 256, part, 0, 8, 2, 132)
+        return RangeConfig(64, 256, part, 0, 8, 3, 132)
     return RangeConfig(64, 128, part, 0, 4, 2, 264)
 
 
@@ -196,7 +202,7 @@ def range_mass(
     peak = alpha.new_empty((outer, inner, n) if with_peak else (0,))
     if batch * n == 0:
         return alpha.new_zeros(outer, inner), alpha.new_zeros(outer, inner, k), lse, peak
-    config = config or forward_config(dim, k, architecture(points.device))
+    config = config or forward_config(dim, k, points.dtype, architecture(points.device))
     call = Call(points, anchors, alpha, weights, config)
     splits, share = split_rows(call.tiles, batch * call.chunks, config.programs)
     entropy, mass = alpha.new_empty(outer, inner), alpha.new_empty(outer, inner, k)
