@@ -110,6 +110,7 @@ def _ablation(base: Method, changed: str, strength: float | None = None, **optio
 ABLATION = (
     _ablation(DENSITY, "target 0.07", 0.07),
     _ablation(DENSITY, "target 0.2", 0.2),
+    _ablation(ROW, "weight 0.5", 0.5),
     _ablation(RANGE, "weight 0.02", 0.02),
     _ablation(RANGE, "weight 0.5", 0.5),
     _ablation(RANGE, "alpha x 0.5", sharpness=0.5),
