@@ -154,7 +154,7 @@ class Plan:
             geometry = Geometry(hidden=32, layers=2, heads=1, mlp=64)
             few = {"scenes": 3, "other": 3}
             return cls(geometry, 8, few, 24, 16, (0,), (PLAIN, DENSITY), (), ("contrast",))
-        steps = {"scenes": 400, "photographs": 300, "digits": 150, "other": 2000}
+        steps = {"scenes": 500, "photographs": 300, "digits": 150, "other": 2000}
         every = tuple(CORRUPTIONS)
         if form == "quick":
             steps = {name: count // 5 for name, count in steps.items()}
