@@ -30,23 +30,29 @@ class AttentionPenalty(ABC, nn.Module):
         model: what `EntropyRegularizer` takes.
         weight: loss per unit of the measure.
         seed: of the samples.
+        warmup_steps: in which the weight grows to its full size, as `EntropyRegularizer`'s does.
     """
 
-    def __init__(self, model: nn.Module, weight: float, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, weight: float, seed: int = 0, *, warmup_steps: int = 0
+    ) -> None:
         super().__init__()
         sites = find_sites(model)
         check_reach(model, sites, partial=False)
         self.weight = weight
+        self.warmup_steps = warmup_steps
+        self.steps = 0
         self.layers = tuple(RegularizedLayer(site, index) for index, site in enumerate(sites))
         self._generator = torch.Generator().manual_seed(seed)
         self._installation = Installation(sites, self.layers)
 
-    def get_extra_state(self) -> Tensor:
-        """For `state_dict`: where the samples go on."""
-        return self._generator.get_state()
+    def get_extra_state(self) -> dict[str, Any]:
+        """For `state_dict`: where the warm-up and the samples go on."""
+        return {"steps": self.steps, "generator": self._generator.get_state()}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self._generator.set_state(state)
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self._generator.set_state(state["generator"])
 
     @abstractmethod
     def measure(self, call: AttentionCall, layer: int) -> Tensor:
@@ -56,10 +62,11 @@ class AttentionPenalty(ABC, nn.Module):
         seen = [call for layer in self.layers for call in layer.take()]
         if not seen:
             raise RuntimeError("no attention was seen: run the model in training mode first")
-        return self.weight * torch.stack([self.measure(s.call, s.layer) for s in seen]).mean()
+        weight = self.weight * min(1.0, (self.steps + 1) / max(1, self.warmup_steps))
+        return weight * torch.stack([self.measure(s.call, s.layer) for s in seen]).mean()
 
     def step(self) -> None:
-        """Nothing is steered."""
+        self.steps += 1
 
     def remove(self) -> None:
         self._installation.remove()
@@ -102,12 +109,13 @@ class KeyRangeEntropy(AttentionPenalty):
         weight: float,
         seed: int = 0,
         *,
+        warmup_steps: int = 0,
         sharpness: float = 1.0,
         num_anchors: int | None = None,
         learn_anchors: bool = False,
         lloyd_steps: int = 5,
     ) -> None:
-        super().__init__(model, weight, seed)
+        super().__init__(model, weight, seed, warmup_steps=warmup_steps)
         self.sharpness = sharpness
         self.entropies = nn.ModuleList(
             ea.RangeEntropy(
@@ -160,12 +168,12 @@ def make_penalty(
         steps: of the training; the first half is the warm-up.
         options: more keyword arguments of the regularizer.
     """
-    options = options or {}
+    options = {"warmup_steps": steps // 2, **(options or {})}
     if name == "L1 of scores":
         return ScoreMagnitude(model, strength, seed, **options)
     if name == "range entropy of keys":
         return KeyRangeEntropy(model, strength, seed, **options)
-    shared = {"block_size": block_size, "warmup_steps": steps // 2, "seed": seed, **options}
+    shared = {"block_size": block_size, "seed": seed, **options}
     if name == "density":
         return ea.EntropyRegularizer(model, target_density=strength, **shared)
     measure = name.removesuffix(" entropy")

@@ -17,10 +17,10 @@ from entropy_attn.benchmarks.images import Images
 
 SIZE = 64  # pixels along an image
 SHAPES = ("square", "diamond", "disc", "ring", "triangle", "wedge", "plus", "cross")
-DISTRACTORS = 5
+DISTRACTORS = 4
 # Radii in pixels; a target of these covers from 5 to 20 % of the image.
 TARGET_RADIUS = (10.5, 17.5)
-DISTRACTOR_RADIUS = (6.0, 13.0)
+DISTRACTOR_RADIUS = (5.0, 11.0)
 LARGEST_TURN = 0.25  # radians: a turned square is no diamond yet
 COARSE, FINE = 8, 32  # cells along the two noises of the background
 NUMBERS = 11  # random numbers an object
@@ -81,7 +81,7 @@ def _background(noise: Tensor) -> Tensor:
         for x, cells in ((coarse, COARSE), (fine, FINE))
     )
     patches, grain = layers
-    return 0.65 * patches + 0.35 * grain
+    return 0.2 + 0.4 * patches + 0.2 * grain
 
 
 def _shape(kind: Tensor, u: Tensor, radius: tuple[float, float]) -> Tensor:
@@ -120,5 +120,5 @@ def _checks(u: Tensor) -> Tensor:
     """(n, 3, 64, 64): checks of 2 pixels in a dark and a light colour."""
     at = torch.arange(SIZE, device=u.device) // 2
     light = ((at + at[:, None]) % 2).bool()
-    dark, bright = 0.4 * u[:, 5:8, None, None], 0.6 + 0.4 * u[:, 8:11, None, None]
+    dark, bright = 0.25 * u[:, 5:8, None, None], 0.75 + 0.25 * u[:, 8:11, None, None]
     return torch.where(light, bright, dark)

@@ -132,3 +132,20 @@ def test_penalties_of_outputs_are_least_where_they_should_be():
         assert outputs_penalty(even, kind) < outputs_penalty(sure, kind)
     with pytest.raises(ValueError, match="label smoothing"):
         outputs_penalty(even, "dropout")
+
+
+def test_a_penalty_grows_in_its_warm_up():
+    model = vision_model().train()
+    penalty = make_penalty("range entropy of keys", model, 1.0, block_size=16, steps=8, seed=0)
+    images = torch.randn(2, 3, 32, 32)
+    found = []
+    for _ in range(5):
+        model(images)
+        found.append(penalty.penalty().item())
+        penalty.step()
+    shares = [value / found[-1] for value in found]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-5)
+    penalty.remove()
+    model(images)
+    with pytest.raises(RuntimeError, match="no attention was seen"):
+        penalty.penalty()
