@@ -6,6 +6,7 @@ is adding its module and a line here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -13,6 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the runs of a suite of training runs a process does: every ``count``-th of them."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Of "2/4", the second of four.
+
+        Raises:
+            ValueError: the text is something else.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"a share is written like 2/4, the second of four; got {text!r}")
+        return cls(int(match[1]) - 1, int(match[2]))
 
 
 @dataclass(frozen=True)
@@ -24,12 +45,14 @@ class Context:
         quick: finish within a minute.
         out: folder for files beside the records.
         progress: called with a short text before each step.
+        share: of the runs, in suites whose runs are shared between processes.
     """
 
     device: torch.device
     quick: bool
     out: Path
     progress: Callable[[str], None] = field(default=lambda text: None)
+    share: Share = Share()
 
     @property
     def on_gpu(self) -> bool:
@@ -72,10 +95,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite of measurements."""
+    """A suite of measurements.
+
+    Attributes:
+        trains: it consists of training runs, which processes may share.
+    """
 
     name: str
     summary: str
+    trains: bool = False
 
     def run(self, context: Context) -> Iterator[Row]:
         module = import_module(f"entropy_attn.benchmarks.suites.{self.name}")
@@ -90,12 +118,17 @@ SUITES: dict[str, Suite] = {
         Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
         Suite("train", "what the regularizer adds to a training step"),
-        Suite("finetune", "perplexity against density of SmolLM2 fine-tuned with regularizers"),
+        Suite(
+            "finetune",
+            "perplexity against density of SmolLM2 fine-tuned with regularizers",
+            trains=True,
+        ),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
         Suite(
             "vision",
             "small vision transformers by regularizer: sparse, corrupted, and where they look",
+            trains=True,
         ),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
     )

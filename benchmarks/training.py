@@ -7,18 +7,23 @@ optimizer, a regularizer) is saved with it. A run that is in the result store is
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.store import Record, Store
 
+Run = TypeVar("Run")
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -145,6 +150,18 @@ def _load(path: Path, saved: Mapping[str, Stateful], identity: Mapping[str, Any]
     return found["step"]
 
 
+def runs_to_do(
+    context: Context, suite: str, runs: Iterable[tuple[Run, dict[str, Any]]]
+) -> list[tuple[Run, dict[str, Any]]]:
+    """Of the runs, each with the config of its record, those of this process that are not done.
+
+    Processes that share the runs of a suite may share a result store too.
+    """
+    store = Store(context.out)
+    mine = islice(runs, context.share.index, None, context.share.count)
+    return [(run, config) for run, config in mine if not is_done(store, suite, config)]
+
+
 def is_done(store: Store, suite: str, config: Mapping[str, Any]) -> bool:
     """Whether the store has this measurement from a machine like this one, with status ok."""
     machine = Record(suite, {}, {}).machine
@@ -152,6 +169,12 @@ def is_done(store: Store, suite: str, config: Mapping[str, Any]) -> bool:
         record.config == config and record.machine == machine and record.result["status"] == "ok"
         for record in store.load(suite, **config)
     )
+
+
+def checkpoint_of(context: Context, suite: str, config: Mapping[str, Any]) -> Path:
+    """Where the checkpoint of a run stands; each run has its own file."""
+    digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()[:12]
+    return context.out / "checkpoints" / f"{suite}_{digest}.pt"
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[Tensor]:

@@ -57,13 +57,22 @@ def bench(
     suite: Annotated[str, typer.Argument(help="A suite, or 'all'; 'list' names them.")],
     quick: Annotated[bool, typer.Option("--quick", help="Finish within a minute.")] = False,
     out: Results = None,
+    share: Annotated[
+        str, typer.Option(help="Of the training runs, 2/4 for the second of four processes.")
+    ] = "1/1",
 ) -> None:
     """Run a suite of measurements and append its records to the result store.
 
-    Without a GPU a small form runs that checks the suite rather than measures the kernels.
+    Without a GPU a small form runs that checks the suite rather than measures the kernels. Suites
+    of training runs go on where they were cut off; several processes can share their runs.
     """
-    from entropy_attn.benchmarks.registry import SUITES
+    from entropy_attn.benchmarks.registry import SUITES, Share
     from entropy_attn.benchmarks.store import Store
+
+    try:
+        part = Share.parse(share)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
     if suite == "list":
         for each in SUITES.values():
@@ -73,7 +82,10 @@ def bench(
         raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}, all, list")
     names = list(SUITES) if suite == "all" else [suite]
     store = Store(out)
-    failures = sum(_run_suite(name, quick, store) for name in names)
+    if part != Share() and not all(SUITES[name].trains for name in names):
+        able = ", ".join(each.name for each in SUITES.values() if each.trains)
+        raise typer.BadParameter(f"--share is for the suites {able}; others measure speed")
+    failures = sum(_run_suite(name, quick, store, part) for name in names)
     console.print(f"records: {store.directory}")
     if failures:
         console.print(f"[red]{failures} measurements of this package are wrong or failed[/]")
@@ -131,14 +143,14 @@ def report(
         console.print(f"{points} points in {data}")
 
 
-def _run_suite(name: str, quick: bool, store) -> int:
+def _run_suite(name: str, quick: bool, store, share) -> int:
     """Run one suite; returns how many measurements of this package are wrong or failed."""
     from entropy_attn.benchmarks.registry import SUITES, Context
     from entropy_attn.benchmarks.store import Record
 
     failures = 0
     with _progress() as progress:
-        context = Context(_device(), quick, store.directory, progress)
+        context = Context(_device(), quick, store.directory, progress, share)
         if context.form == "small":
             console.print(f"[yellow]{name}: no GPU, so this is the small form[/]")
         for row in SUITES[name].run(context):

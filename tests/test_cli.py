@@ -66,6 +66,16 @@ def test_an_unknown_suite_is_refused_with_the_known_ones(invoke, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("suite", "share", "message"),
+    [("attention", "1/2", "is for the suites"), ("finetune", "3/2", "written like 2/4")],
+)
+def test_a_share_is_of_training_runs(invoke, tmp_path, suite, share, message):
+    result = invoke("bench", suite, "--share", share, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_bench_appends_what_was_measured_and_only_that(invoke, suite, tmp_path):
     suite(
         Row({"k": 1}, {"status": "ok", "x": 1.0}, "good row", is_ours=True),

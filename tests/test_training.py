@@ -9,8 +9,17 @@ from torch import nn
 
 from entropy_attn.benchmarks import training
 from entropy_attn.benchmarks.penalties import KeyRangeEntropy, make_penalty, outputs_penalty
+from entropy_attn.benchmarks.registry import Context, Share
 from entropy_attn.benchmarks.store import Record, Store
-from entropy_attn.benchmarks.training import Schedule, Trainee, batches, is_done, train
+from entropy_attn.benchmarks.training import (
+    Schedule,
+    Trainee,
+    batches,
+    checkpoint_of,
+    is_done,
+    runs_to_do,
+    train,
+)
 
 STEPS = 6
 
@@ -149,3 +158,31 @@ def test_a_penalty_grows_in_its_warm_up():
     model(images)
     with pytest.raises(RuntimeError, match="no attention was seen"):
         penalty.penalty()
+
+
+def context(folder, share: str = "1/1") -> Context:
+    return Context(torch.device("cpu"), False, folder, share=Share.parse(share))
+
+
+def test_processes_share_the_runs_and_leave_out_what_is_done(tmp_path):
+    runs = [(f"run {seed}", {"seed": seed}) for seed in range(7)]
+    shares = [runs_to_do(context(tmp_path, f"{i}/3"), "s", runs) for i in (1, 2, 3)]
+    assert sorted(run for share in shares for run in share) == runs
+    assert {len(share) for share in shares} == {2, 3}
+    Store(tmp_path).append(Record("s", {"seed": 3}, {"status": "ok"}))
+    # What is done does not move the others to another process.
+    assert runs_to_do(context(tmp_path, "1/3"), "s", runs) == [r for r in shares[0] if r != runs[3]]
+    assert runs_to_do(context(tmp_path, "2/3"), "s", runs) == shares[1]
+
+
+def test_every_run_has_its_own_checkpoint(tmp_path):
+    paths = {checkpoint_of(context(tmp_path), "s", {"seed": seed, "b": 1}) for seed in range(5)}
+    assert len(paths) == 5
+    again = checkpoint_of(context(tmp_path), "s", {"b": 1, "seed": 0})  # in another order
+    assert again in paths
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_share_that_is_none(text):
+    with pytest.raises(ValueError, match="written like 2/4"):
+        Share.parse(text)

@@ -31,8 +31,14 @@ from entropy_attn.benchmarks.model import (
 from entropy_attn.benchmarks.penalties import KeyRangeEntropy, make_penalty
 from entropy_attn.benchmarks.prose import prose, training_prose
 from entropy_attn.benchmarks.registry import Context, Row, short
-from entropy_attn.benchmarks.store import Store
-from entropy_attn.benchmarks.training import Schedule, Trainee, batches, is_done, train
+from entropy_attn.benchmarks.training import (
+    Schedule,
+    Trainee,
+    batches,
+    checkpoint_of,
+    runs_to_do,
+    train,
+)
 
 NAME = "finetune"
 # Of the experiment as a whole: a change that makes older records incomparable raises it.
@@ -129,22 +135,20 @@ def settings(form: str) -> list[Setting]:
 
 
 def run(context: Context) -> Iterator[Row]:
-    plan, store = Plan.of(context.form), Store(context.out)
-    is_small = context.form == "small"
+    plan, is_small = Plan.of(context.form), context.form == "small"
     text, held_out = prose("development") if is_small else training_prose(), prose("held-out")
     shared = {
         "form": context.form, "version": VERSION, "model": MODEL_NAME, "block": BLOCK,
         "text_digest": text.digest, "held_out": held_out.name, "held_out_digest": held_out.digest,
         **{name: value for name, value in asdict(plan).items() if name != "seeds"},
     }  # fmt: skip
-    todo = [
-        (seed, method)
+    runs = (
+        (method, {**shared, **method.config(), "seed": seed})
         for seed in plan.seeds
         for method in methods(context.form)
         if method.name != UNTRAINED or seed == plan.seeds[0]  # nothing of it is random
-    ]
-    configs = [{**shared, **method.config(), "seed": seed} for seed, method in todo]
-    left = [(m, c) for (_, m), c in zip(todo, configs, strict=True) if not is_done(store, NAME, c)]
+    )
+    left = runs_to_do(context, NAME, runs)
     if not left:
         context.progress("every run is in the store")
         return
@@ -219,11 +223,10 @@ def _train(
             state = f", {regularizer.stats()}" if hasattr(regularizer, "stats") else ""
             context.progress(f"{title}: {text}{state}")
 
-        checkpoint = context.out / "checkpoints" / f"{NAME}.pt"
         loss = train(
             trainee,
             Schedule(plan.steps, plan.learning_rate),
-            checkpoint,
+            checkpoint_of(context, NAME, config),
             identity=config,
             progress=tell,
         )

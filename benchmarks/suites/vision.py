@@ -35,8 +35,14 @@ from entropy_attn.benchmarks.penalties import (
 )
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.scenes import SIZE, make_scenes
-from entropy_attn.benchmarks.store import Store
-from entropy_attn.benchmarks.training import Schedule, Trainee, batches, is_done, train
+from entropy_attn.benchmarks.training import (
+    Schedule,
+    Trainee,
+    batches,
+    checkpoint_of,
+    runs_to_do,
+    train,
+)
 from entropy_attn.benchmarks.vision import (
     BLOCK,
     Geometry,
@@ -290,12 +296,8 @@ def run(context: Context) -> Iterator[Row]:
     elif plan.corruptions:
         corrupt(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), "contrast", 1)  # kornia is there
     tasks: dict[str, Task] = {}
-    store = Store(context.out)
-    for unit in units(plan, tuple(make)):
-        config = unit.config(context.form, plan)
-        if is_done(store, SUITE, config):
-            context.progress(f"{unit.name}: in the store")
-            continue
+    runs = ((unit, unit.config(context.form, plan)) for unit in units(plan, tuple(make)))
+    for unit, config in runs_to_do(context, SUITE, runs):
         if unit.task not in tasks:
             context.progress(f"making {unit.task}")
             tasks[unit.task] = make[unit.task]()
@@ -313,8 +315,7 @@ def run_unit(
 ) -> dict[str, Any]:
     """Train a model and measure everything on it."""
     started = time.monotonic()
-    name = "_".join((context.form, unit.task, unit.method.name, str(unit.seed)))
-    checkpoint = context.out / "checkpoints" / f"vision_{_file_name(name)}.pt"
+    checkpoint = checkpoint_of(context, SUITE, config)
     model, loss = train_unit(
         unit, plan, task.train, checkpoint, config, lambda text: context.progress(
             f"{unit.name}: {text}"
@@ -392,7 +393,3 @@ def train_unit(
     if penalty is not None:
         penalty.remove()
     return model, found
-
-
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text)
