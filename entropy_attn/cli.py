@@ -1,4 +1,4 @@
-"""The command line: ``entropy-attn info | bench | demo | report``."""
+"""The command line: ``entropy-attn info | bench | compare | demo | report``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ def bench(
     share: Annotated[
         str, typer.Option(help="Of the training runs, 2/4 for the second of four processes.")
     ] = "1/1",
+    against: Annotated[
+        str | None,
+        typer.Option(help="A commit in the store to compare with; fails where we are slower."),
+    ] = None,
 ) -> None:
     """Run a suite of measurements and append its records to the result store.
 
@@ -85,10 +89,36 @@ def bench(
     if part != Share() and not all(SUITES[name].trains for name in names):
         able = ", ".join(each.name for each in SUITES.values() if each.trains)
         raise typer.BadParameter(f"--share is for the suites {able}; others measure speed")
+    before = {name: store.load(name) for name in names}
+    if against is not None:
+        _chosen([r for records in before.values() for r in records], against)  # it is there
     failures = sum(_run_suite(name, quick, store, part) for name in names)
     console.print(f"records: {store.directory}")
+    if against is not None:
+        old = [r for records in before.values() for r in records]
+        new = [r for name in names for r in store.load(name)[len(before[name]) :]]
+        failures += _show_changes(_chosen(old, against), new)
     if failures:
         console.print(f"[red]{failures} measurements of this package are wrong or failed[/]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    old: Annotated[str, typer.Argument(help="A commit, or a part of a machine's name.")],
+    new: Annotated[str, typer.Argument(help="Likewise.")],
+    suite: Annotated[str, typer.Option(help="A suite, or 'all'.")] = "all",
+    results: Results = None,
+) -> None:
+    """Compare two commits, or two machines, by what the result store has of both."""
+    from entropy_attn.benchmarks.registry import SUITES
+    from entropy_attn.benchmarks.store import Store
+
+    if suite != "all" and suite not in SUITES:
+        raise typer.BadParameter(f"{suite!r} is not one of {', '.join(SUITES)}, all")
+    store = Store(results)
+    records = [r for name in (SUITES if suite == "all" else [suite]) for r in store.load(name)]
+    if _show_changes(_chosen(records, old), _chosen(records, new)):
         raise typer.Exit(1)
 
 
@@ -141,6 +171,37 @@ def report(
     data = root / "entropy_attn" / "backend" / DATA_FILE
     if points := write_crossover(store, data):
         console.print(f"{points} points in {data}")
+
+
+def _chosen(records: list, which: str) -> list:
+    from entropy_attn.benchmarks.compare import choose
+
+    try:
+        return choose(records, which)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _show_changes(old: list, new: list) -> int:
+    """Print what became better and worse; returns how many measurements of ours are worse."""
+    from entropy_attn.benchmarks.compare import compare as compare_records
+
+    changes = compare_records(old, new)
+    table = Table(title="changes beyond the noise", title_justify="left")
+    for column in ("measured", "old", "new", "gain", "noise"):
+        table.add_column(column, overflow="fold")
+    for change in changes:
+        if change.verdict == "same":
+            continue
+        values = [f"{r.result[change.metric.name]:.4g}" for r in (change.old, change.new)]
+        colour = {"better": "green", "worse": "red"}[change.verdict] if change.is_ours else "dim"
+        cells = (escape(f"{change.new.suite}: {change.name}"), *values)
+        table.add_row(*cells, f"{change.gain:.3f} x", f"{change.noise:.1%}", style=colour)
+    if table.row_count:
+        console.print(table)
+    same = len(changes) - table.row_count
+    console.print(f"{len(changes)} measurements in both, {same} the same within the noise")
+    return sum(change.is_ours and change.verdict == "worse" for change in changes)
 
 
 def _run_suite(name: str, quick: bool, store, share) -> int:
