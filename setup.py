@@ -34,6 +34,9 @@ if missing := missing_folders():
 setup(
     packages=[*find_packages(include=["entropy_attn", "entropy_attn.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"entropy_attn": ["py.typed", "**/*.json"]},
+    package_data={
+        "entropy_attn": ["py.typed", "**/*.json"],
+        "entropy_attn.benchmarks": ["*.jinja"],
+    },
     include_package_data=False,
 )

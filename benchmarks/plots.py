@@ -35,6 +35,13 @@ STYLE = {
 }
 
 
+def for_pages():
+    """A context in which pictures are made to stand in a page: text stays text, no background."""
+    return plt.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "entropy-attn", "savefig.transparent": True}
+    )
+
+
 @dataclass(frozen=True)
 class Point:
     """One way of choosing blocks: its family, its budget as "Kind(amount)", and what it costs."""
@@ -261,11 +268,112 @@ def perplexity_against_density(
         _save(figure, path)
 
 
+def speedup_against_density(
+    curves: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path
+) -> None:
+    """How many times faster than the best dense attention, beside the ideal 1 / density.
+
+    Args:
+        curves: by name, (density, speed-up).
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 5.0), layout="constrained")
+        densities = sorted({density for points in curves.values() for density, _ in points})
+        ideal = np.linspace(densities[0], densities[-1], 100)
+        axes.plot(100 * ideal, 1 / ideal, color="#999999", linestyle=":", label="1 / density")
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        for index, (name, points) in enumerate(curves.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(
+                [100 * x for x in xs],
+                ys,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks([100 * density for density in densities])
+        for axis, form in ((axes.xaxis, "{:.0f} %"), (axes.yaxis, "{:.1f} x")):
+            axis.set_major_formatter(FuncFormatter(lambda value, _, form=form: form.format(value)))
+        axes.set_xlabel("density of the block mask")
+        axes.set_ylabel("speed-up over the best dense attention")
+        axes.set_title(title, loc="left")
+        figure.legend(fontsize=8.5, ncols=2, loc="outside lower center")
+        _save(figure, path)
+
+
+def scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
+    """Milliseconds against length, both logarithmic.
+
+    Args:
+        curves: by name, (length, milliseconds); a name that starts with "dense" is dashed.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 4.4), layout="constrained")
+        for index, (name, points) in enumerate(curves.items()):
+            lengths, times = zip(*sorted(points), strict=True)
+            axes.plot(
+                lengths,
+                times,
+                color=COLOURS[index // 2 % len(COLOURS)],
+                marker=MARKERS[index // 2 % len(MARKERS)],
+                linestyle="--" if name.startswith("dense") else "-",
+                label=name,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=10)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        axes.set_xlabel("sequence length")
+        axes.set_ylabel("milliseconds, selection included")
+        axes.set_title(title, loc="left")
+        axes.legend(fontsize=8.5)
+        _save(figure, path)
+
+
+def roofline(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    peak_tflops: float,
+    copy_gb_s: float,
+    title: str,
+    path: Path,
+) -> None:
+    """Speed against arithmetic intensity, below what memory and the tensor cores allow.
+
+    Args:
+        points: by name, (FLOP a byte that has to be moved, TFLOP/s).
+        peak_tflops: of the data sheet. copy_gb_s: measured.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 4.4), layout="constrained")
+        intensities = [x for group in points.values() for x, _ in group]
+        xs = np.geomspace(min(intensities) / 2, max(intensities) * 2, 200)
+        roof = np.minimum(peak_tflops, xs * copy_gb_s / 1e3)
+        axes.plot(xs, roof, color="black", linewidth=1.2)
+        axes.text(xs[-1], peak_tflops, f"{peak_tflops:.0f} TFLOP/s ", ha="right", va="bottom")
+        for index, (name, group) in enumerate(points.items()):
+            axes.scatter(
+                *zip(*group, strict=True),
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                label=name,
+                zorder=3,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOP a byte that has to be read or written")
+        axes.set_ylabel("TFLOP/s")
+        axes.set_title(title, loc="left")
+        axes.legend(fontsize=8.5)
+        _save(figure, path)
+
+
 def _colour(names: Sequence[str], name: str) -> str:
     return COLOURS[names.index(name) % len(COLOURS)]
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    # Without the date the same records give the same file.
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

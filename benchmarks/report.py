@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entropy_attn.benchmarks import report_finetune, report_vision
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
@@ -24,6 +25,9 @@ from entropy_attn.benchmarks.tables import (
     per_machine,
     slug,
 )
+
+if TYPE_CHECKING:
+    from entropy_attn.benchmarks import plots
 
 _NEWEST = ":newest"
 _MARKED = re.compile(rf"(<!-- begin:([\w-]+)({_NEWEST})? -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
@@ -298,6 +302,30 @@ TABLES: dict[str, Callable[[Store], str]] = {
 }
 
 
+def visited_speed(records: list[Record]) -> dict[str, dict[str, float]]:
+    """TFLOP/s on visited tiles by case, then by contestant, of records of ``attention``."""
+    # Dense contestants do other work where the mask is sparse; the table has their times.
+    return {
+        title: {
+            name: r.result["tflops"]
+            for name, r in case.items()
+            if name != OURS_WITH_ENTROPY and (CONTESTANTS[name].sparse or r.config["density"] == 1)
+        }
+        for title, case in cases_of(records).items()
+    }
+
+
+def quality_points(records: list[Record]) -> list[plots.Point]:
+    """Of records of ``quality``; variants of one idea, such as other spreads, are for the table."""
+    from entropy_attn.benchmarks import plots
+
+    return [
+        plots.Point(r.config["family"], r.config["budget"], r.result["density"], r.result["change"])
+        for r in records
+        if r.config.get("block") == 64 and "spread" not in r.config["family"]
+    ]
+
+
 def draw(store: Store, folder: Path) -> list[Path]:
     """Draw every picture that there are full records for, one per machine; returns the files."""
     from entropy_attn.benchmarks import plots
@@ -305,16 +333,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
     drawn = []
     for direction in ("forward", "backward"):
         for machine, records in by_machine(full_records(store, "attention", direction=direction)):
-            # Dense contestants do other work where the mask is sparse; the table has their times.
-            groups = {
-                title: {
-                    name: r.result["tflops"]
-                    for name, r in case.items()
-                    if name != OURS_WITH_ENTROPY
-                    and (CONTESTANTS[name].sparse or r.config["density"] == 1)
-                }
-                for title, case in cases_of(records).items()
-            }
+            groups = visited_speed(records)
             path = folder / f"attention_{direction}_{slug(machine)}.png"
             plots.bars(groups, "TFLOP/s on visited tiles", f"{direction}, {machine}", path)
             drawn.append(path)
@@ -329,16 +348,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
         drawn.append(path)
     for machine, records in by_machine(full_records(store, "quality")):
         for text in dict.fromkeys(r.config["text"] for r in records):
-            # Variants of one idea, such as other spreads, are for the table.
-            points = [
-                plots.Point(
-                    r.config["family"], r.config["budget"], r.result["density"], r.result["change"]
-                )
-                for r in records
-                if r.config["text"] == text
-                and r.config.get("block") == 64
-                and "spread" not in r.config["family"]
-            ]
+            points = quality_points([r for r in records if r.config["text"] == text])
             if len({point.family for point in points}) < 2:  # a run that was cut short
                 continue
             part = next((part for part, name in PARTS.items() if name == text), text)

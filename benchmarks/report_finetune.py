@@ -139,14 +139,18 @@ def draw(store: Store, folder: Path) -> list[Path]:
 
     drawn = []
     for machine, records in by_machine(full_records(store, SUITE, version=VERSION)):
-        curves = {
-            method: _mean_curve([frontier(r, "predicted") for r in by_seed.values()])
-            for method, by_seed in runs_of(records).items()
-        }
         path = folder / f"finetune_{slug(machine)}.png"
-        plots.perplexity_against_density(curves, f"held-out prose, {machine}", path)
+        plots.perplexity_against_density(curves(records), f"held-out prose, {machine}", path)
         drawn.append(path)
     return drawn
+
+
+def curves(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
+    """(density, perplexity) by method, means over the seeds, blocks chosen by the predictor."""
+    return {
+        method: _mean_curve([frontier(r, "predicted") for r in by_seed.values()])
+        for method, by_seed in runs_of(records).items()
+    }
 
 
 def _mean_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -252,14 +252,19 @@ def draw(store: Store, folder: Path) -> list[Path]:
     drawn = []
     for machine, records in by_machine(full_records(store, SUITE, part="methods")):
         for task in tasks_of(records):
-            curves = {
-                SHOWN.get(method, method): _curve(list(by_seed.values()))
-                for method, by_seed in runs_of(records, task).items()
-            }
             path = folder / f"vision_{slug(task)}_{slug(machine)}.png"
-            plots.accuracy_against_density(curves, f"{task}, blocks by true mass, {machine}", path)
+            title = f"{task}, blocks by true mass, {machine}"
+            plots.accuracy_against_density(curves(records, task), title, path)
             drawn.append(path)
     return drawn
+
+
+def curves(records: Iterable[Record], task: str) -> dict[str, list[tuple[float, float, float]]]:
+    """(density, accuracy, half width of its interval) by method, blocks by true mass."""
+    return {
+        SHOWN.get(method, method): _curve(list(by_seed.values()))
+        for method, by_seed in runs_of(records, task).items()
+    }
 
 
 def _curve(results: list[Result]) -> list[tuple[float, float, float]]:

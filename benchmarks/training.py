@@ -158,8 +158,11 @@ def runs_to_do(
     Processes that share the runs of a suite may share a result store too.
     """
     store = Store(context.out)
-    mine = islice(runs, context.share.index, None, context.share.count)
-    return [(run, config) for run, config in mine if not is_done(store, suite, config)]
+    mine = list(islice(runs, context.share.index, None, context.share.count))
+    left = [(run, config) for run, config in mine if not is_done(store, suite, config)]
+    if len(left) < len(mine):
+        context.progress(f"{len(mine) - len(left)} of {len(mine)} runs are in the store")
+    return left
 
 
 def is_done(store: Store, suite: str, config: Mapping[str, Any]) -> bool:

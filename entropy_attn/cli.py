@@ -151,9 +151,16 @@ def demo(
 def report(
     results: Results = None,
     root: Root = Path(),
+    machine: Annotated[
+        str | None, typer.Option(help="Whose page is made [default: the last that ran attention].")
+    ] = None,
 ) -> None:
-    """Fill the tables of README and docs and draw the pictures, from the result store alone."""
+    """Fill the tables of README and docs, draw the pictures and make docs/report.html.
+
+    All of it comes from the result store.
+    """
     from entropy_attn.benchmarks import report as reporting
+    from entropy_attn.benchmarks.page import write_page
     from entropy_attn.benchmarks.store import Store
     from entropy_attn.benchmarks.suites.crossover import DATA_FILE, write_crossover
 
@@ -168,6 +175,9 @@ def report(
             console.print(f"filled {page}")
     for path in reporting.draw(store, root / "docs" / "images"):
         console.print(f"drew {path}")
+    page = root / "docs" / "report.html"
+    if page.parent.exists() and write_page(store, page, machine):
+        console.print(f"wrote {page}")
     data = root / "entropy_attn" / "backend" / DATA_FILE
     if points := write_crossover(store, data):
         console.print(f"{points} points in {data}")

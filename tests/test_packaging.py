@@ -22,6 +22,8 @@ SOURCES = (
 )  # fmt: skip
 
 USE = """
+from importlib.resources import files
+
 import entropy_attn as ea
 import torch
 import entropy_attn.benchmarks.suites.quality
@@ -39,6 +41,7 @@ exact, plain, out = (
     )
 )
 assert_close_to_reference(out, plain, exact)
+assert (files("entropy_attn.benchmarks") / "page.html.jinja").is_file()
 print(ea.__file__, primitives.__file__, ea.__version__, sep="\\n")
 """
 

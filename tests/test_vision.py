@@ -134,7 +134,7 @@ def test_the_small_suite_runs_and_is_not_run_twice(tmp_path, monkeypatch):
     assert list(records[0].result["sparse"]["true mass"]) == ["0.5", "0.8", "0.9"]
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
     again = CliRunner().invoke(cli.app, arguments)
-    assert "plain, seed 0: in the store" in again.output
+    assert "3 of 3 runs are in the store" in again.output
     assert len(Store(tmp_path).load("vision")) == len(records)
 
 

@@ -150,7 +150,6 @@ def run(context: Context) -> Iterator[Row]:
     )
     left = runs_to_do(context, NAME, runs)
     if not left:
-        context.progress("every run is in the store")
         return
     context.progress(f"loading {MODEL_NAME}")
     original, tokenizer = load_model(context.device, torch.float32)
