@@ -31,7 +31,14 @@ def title(config: dict[str, Any]) -> str:
     name = config["method"]
     if config["strength"]:
         name += f" {config['strength']:g}"
-    return name if config["attends"] == "dense" else f"{name}, sparse by {config['attends']}"
+    if config["attends"] != "dense":
+        name += f", sparse by {config['attends']}"
+    return f"{name}, {config['steps']} steps"
+
+
+def plain_of(method: str) -> str:
+    """Plain fine-tuning of as many steps, by its title."""
+    return f"{PLAIN}, {method.rsplit(', ', 1)[1]}"
 
 
 def runs_of(records: Sequence[Record]) -> Runs:
@@ -63,7 +70,7 @@ def ratios(runs: Runs, method: str, family: str, level: float) -> list[float]:
     """Density over that of plain fine-tuning at the same perplexity, of each seed."""
     found = []
     for seed, result in runs[method].items():
-        plain = runs.get(PLAIN, {}).get(seed)
+        plain = runs.get(plain_of(method), {}).get(seed)
         if plain is None:
             continue
         target = plain["perplexity"] + level
@@ -96,7 +103,8 @@ def _densities(runs: Runs, method: str, level: float) -> list[float]:
     """Predicted density at a perplexity over plain fine-tuning's, of each seed that reaches it."""
     found = []
     for seed, result in runs[method].items():
-        plain = runs.get(PLAIN, {}).get(seed) or runs.get(PLAIN, {}).get(0)
+        reference = runs.get(plain_of(method), {})
+        plain = reference.get(seed) or reference.get(0)
         if plain is not None:
             density = density_at(frontier(result, "predicted"), plain["perplexity"] + level)
             found += [] if density is None else [density]
@@ -124,7 +132,7 @@ def _ratios(store: Store) -> str:
 def _setup(records: list[Record]) -> str:
     config = records[-1].config
     return (
-        f"{config['model']}, {config['steps']} steps of {config['batch']} x {config['length']} "
+        f"{config['model']}, steps of {config['batch']} x {config['length']} "
         f"tokens, learning rate {config['learning_rate']:g}; {config['windows']} x "
         f"{config['length']} tokens of {config['held_out']}, blocks of {config['block']}."
     )

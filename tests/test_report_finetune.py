@@ -9,12 +9,13 @@ import pytest
 from entropy_attn.benchmarks import report_finetune as report
 from entropy_attn.benchmarks.report import draw, fill
 from entropy_attn.benchmarks.store import Record, Store
-from entropy_attn.benchmarks.suites.finetune import VERSION, Method, methods
+from entropy_attn.benchmarks.suites.finetune import VERSION, Method, Plan, methods
 from entropy_attn.selection import TopP
 
 MACHINE = {"gpu": "some GPU", "commit": "0123456789", "dirty": False, "arch": "sm_90"}
+PLAN = Plan(64, 2, 9, 1e-4, 2, None, (0, 1))
 SHARED = {
-    "form": "full", "version": VERSION, "model": "M", "steps": 9, "batch": 2, "length": 64,
+    "form": "full", "version": VERSION, "model": "M", "batch": 2, "length": 64,
     "learning_rate": 1e-4, "windows": 2, "held_out": "prose", "block": 64,
 }  # fmt: skip
 
@@ -26,7 +27,7 @@ def record(method: Method, seed: int, dense: float, points: list[tuple[float, fl
         for d, p in points
     ]
     result = {"status": "ok", "perplexity": dense, "density": 0.2, "points": found}
-    return Record("finetune", {**SHARED, **method.config(), "seed": seed}, result, MACHINE)
+    return Record("finetune", {**SHARED, **method.config(PLAN), "seed": seed}, result, MACHINE)
 
 
 @pytest.fixture
@@ -61,25 +62,34 @@ def test_a_frontier_that_rises_again_counts_where_it_first_falls_below():
 
 def test_ratios_are_paired_by_seed(store):
     runs = report.runs_of(store.latest("finetune"))
-    found = report.ratios(runs, "density 0.1, sparse by TopP(0.85)", "predicted", 0.2)
+    found = report.ratios(runs, "density 0.1, sparse by TopP(0.85), 9 steps", "predicted", 0.2)
     assert found == pytest.approx([0.5, 0.5])
-    assert report.ratios(runs, "plain", "oracle", 0.2) == pytest.approx([1.0, 1.0])
-    assert report.ratios(runs, "not trained", "predicted", 0.2) == []
+    assert report.ratios(runs, "plain, 9 steps", "oracle", 0.2) == pytest.approx([1.0, 1.0])
+    assert report.ratios(runs, "not trained, 9 steps", "predicted", 0.2) == []
 
 
 def test_tables_and_picture(store, tmp_path):
     page = "<!-- begin:{0} -->\n<!-- end:{0} -->"
     table = fill(page.format("finetune"), store)
-    assert "| plain | 2 | 10.00 ± 0.00 |" in table
-    assert "| not trained | 1 | 12.00 |" in table
+    assert "| plain, 9 steps | 2 | 10.00 ± 0.00 |" in table
+    assert "| not trained, 9 steps | 1 | 12.00 |" in table
     assert "some GPU" in table
     ratios = fill(page.format("finetune-ratios"), store)
-    assert "| density 0.1, sparse by TopP(0.85) | 0.50 ± 0.00 | 0.50 ± 0.00 |" in ratios
+    assert "| density 0.1, sparse by TopP(0.85), 9 steps | 0.50 ± 0.00 | 0.50 ± 0.00 |" in ratios
     (path,) = draw(store, tmp_path / "images")
     assert path.stat().st_size > 10_000
 
 
+def test_longer_training_is_compared_with_plain_training_as_long(store):
+    store.append(record(Method("plain", length=4), 0, 9.0, [(0.1, 9.5), (0.4, 9.0)]))
+    longer = Method("row entropy", 0.1, length=4)
+    store.append(record(longer, 0, 9.1, [(0.1, 9.5), (0.4, 9.0)]))
+    runs = report.runs_of(store.latest("finetune"))
+    found = report.ratios(runs, "row entropy 0.1, 36 steps", "predicted", 0.2)
+    assert found == pytest.approx([1.0])
+
+
 def test_no_two_methods_have_one_name():
-    names = [report.title(method.config()) for method in methods("full")]
+    names = [report.title(method.config(PLAN)) for method in methods("full")]
     assert len(set(names)) == len(names)
     assert report.VERSION == VERSION

@@ -57,20 +57,26 @@ class Method:
         strength: of the regularizer.
         budget: of sparse attention in training, the blocks chosen by the default predictor; None
             for dense attention.
+        length: of the training, in lengths of the plan's.
     """
 
     name: str
     strength: float = 0.0
     budget: ea.TopK | ea.TopP | None = None
+    length: int = 1
 
-    def config(self) -> dict[str, Any]:
+    def config(self, plan: Plan) -> dict[str, Any]:
         """For a record."""
         attends = "dense" if self.budget is None else short(self.budget)
-        return {"method": self.name, "strength": self.strength, "attends": attends}
+        steps = plan.steps * self.length
+        return {
+            "method": self.name, "strength": self.strength, "attends": attends, "steps": steps
+        }  # fmt: skip
 
     def __str__(self) -> str:
         words = self.name if self.name in (UNTRAINED, PLAIN) else f"{self.name} {self.strength:g}"
-        return words if self.budget is None else f"{words}, sparse by {short(self.budget)}"
+        words += "" if self.budget is None else f", sparse by {short(self.budget)}"
+        return words if self.length == 1 else f"{words}, {self.length} times as long"
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,10 @@ def methods(form: str) -> list[Method]:
         Method("density", 0.05),
         Method("row entropy", 0.1),
         Method("L1 of scores", 0.1),
+        # Whether what the regularizer costs at first comes back.
+        Method(PLAIN, length=4),
+        Method(PLAIN, budget=sparse, length=4),
+        Method("density", 0.1, sparse, length=4),
     ]
 
 
@@ -143,7 +153,7 @@ def run(context: Context) -> Iterator[Row]:
         **{name: value for name, value in asdict(plan).items() if name != "seeds"},
     }  # fmt: skip
     runs = (
-        (method, {**shared, **method.config(), "seed": seed})
+        (method, {**shared, **method.config(plan), "seed": seed})
         for seed in plan.seeds
         for method in methods(context.form)
         if method.name != UNTRAINED or seed == plan.seeds[0]  # nothing of it is random
@@ -190,7 +200,8 @@ def _train(
     model = copy.deepcopy(original)
     if method.name == UNTRAINED:
         return model, {}
-    order = batches(len(training), plan.batch, plan.steps, config["seed"])
+    steps = config["steps"]
+    order = batches(len(training), plan.batch, steps, config["seed"])
     device = training.device
 
     def forward(step: int) -> Tensor:
@@ -206,7 +217,7 @@ def _train(
             undo.enter_context(sparsify(model, setting))
         if method.name != PLAIN:
             regularizer = make_penalty(
-                method.name, model, method.strength, block_size=BLOCK, steps=plan.steps,
+                method.name, model, method.strength, block_size=BLOCK, steps=steps,
                 seed=config["seed"],
             )  # fmt: skip
             undo.callback(regularizer.remove)
@@ -224,7 +235,7 @@ def _train(
 
         loss = train(
             trainee,
-            Schedule(plan.steps, plan.learning_rate),
+            Schedule(steps, plan.learning_rate),
             checkpoint_of(context, NAME, config),
             identity=config,
             progress=tell,
