@@ -18,8 +18,8 @@ LONGEST_FILE = 600  # lines
 
 # Packages that the core must work without.
 OPTIONAL = (
-    "accelerate", "einops", "flash_attn", "matplotlib", "numba", "rich", "timm", "transformers", "triton",
-    "typer",
+    "accelerate", "einops", "flash_attn", "matplotlib", "numba", "rich", "timm", "transformers",
+    "triton", "typer",
 )  # fmt: skip
 
 HELPERS = (
@@ -59,7 +59,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
     "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
     "entropy_attn.geometry": (
-        "entropy_attn.geometry", "entropy_attn.partition", "entropy_attn.validation",
+        "entropy_attn.geometry",
+        "entropy_attn.partition",
+        "entropy_attn.validation",
     ),
     "entropy_attn.regularizer": ("entropy_attn.regularizer", "entropy_attn.integrations", *API),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),

@@ -109,7 +109,7 @@ def soft_order_entropy(
         measure: from windows (..., m, w, d) and weights (..., m, w) (0 fills up the last window) to
             (..., m) nats: `ea.RangeEntropy()`, or a function of `ea.range_entropy` or
             `ea.halfspace_entropy` with cells of your own. By default balls around 64 anchors that
-            are placed by x.
+            are placed by x and held fixed.
         window: points of a window.
 
     Returns:
