@@ -41,7 +41,7 @@ def entropy_order(
         points: (n, 2) or (n, 3) floats or integers, n below 2^32.
         method: see above.
         anchors: (k, d), for "cells" alone.
-        seed: of "brio" and "random"; the same seed gives the same order everywhere.
+        seed: of "brio" and "random"; the same seed gives the same order.
 
     Returns:
         (n,) int64: take ``points[order]``.
