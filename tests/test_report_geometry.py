@@ -80,7 +80,7 @@ def test_the_suite_measures_the_cpu(tmp_path) -> None:
 
 def test_the_suite_runs(tmp_path, monkeypatch) -> None:
     few = ("square", "circle")
-    plan = suite.Plan(600, 500, 1, 1, few, few, ())
+    plan = suite.Plan(600, 500, 1, 1, few, few, few, ())
     monkeypatch.setattr(suite.Plan, "of", lambda form: plan)
     context = Context(torch.device("cpu"), True, tmp_path, measures_cpu=True)
     rows = list(SUITES["geometry"].run(context))
