@@ -114,7 +114,7 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
         axes.set_title(title, loc="left")
         axes.margins(x=0.1, y=0.12)
         figure.legend(handles=handles, fontsize=9, loc="outside right upper")
-        _save(figure, path)
+        save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None
             image, ax=rows[0], shrink=0.85, label="mean attention of the tile's queries"
         )
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, path: Path) -> None:
@@ -183,7 +183,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, pat
         axes.set_xlabel(xlabel)
         axes.set_title(title, loc="left")
         figure.legend(handles=handles, ncols=3, fontsize=8.5, loc="outside lower center")
-        _save(figure, path)
+        save(figure, path)
 
 
 def break_even(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
@@ -207,7 +207,7 @@ def break_even(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, pa
         axes.set_ylabel("break-even density, selection included")
         axes.set_title(title, loc="left")
         axes.legend()
-        _save(figure, path)
+        save(figure, path)
 
 
 def accuracy_against_density(
@@ -236,7 +236,7 @@ def accuracy_against_density(
         axes.set_ylabel("accuracy")
         axes.set_title(title, loc="left")
         figure.legend(fontsize=9, loc="outside right upper")
-        _save(figure, path)
+        save(figure, path)
 
 
 def perplexity_against_density(
@@ -265,7 +265,7 @@ def perplexity_against_density(
         axes.set_ylabel("held-out perplexity")
         axes.set_title(title, loc="left")
         figure.legend(fontsize=9, loc="outside right upper")
-        _save(figure, path)
+        save(figure, path)
 
 
 def speedup_against_density(
@@ -372,7 +372,7 @@ def _colour(names: Sequence[str], name: str) -> str:
     return COLOURS[names.index(name) % len(COLOURS)]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the date the same records give the same file.
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

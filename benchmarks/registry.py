@@ -46,6 +46,7 @@ class Context:
         out: folder for files beside the records.
         progress: called with a short text before each step.
         share: of the runs, in suites whose runs are shared between processes.
+        measures_cpu: the suite measures the CPU, which has no small form then.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class Context:
     out: Path
     progress: Callable[[str], None] = field(default=lambda text: None)
     share: Share = Share()
+    measures_cpu: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -60,8 +62,8 @@ class Context:
 
     @property
     def form(self) -> str:
-        """Which form of a suite runs: "full" on a GPU, "quick", or "small" on a CPU."""
-        if not self.on_gpu:
+        """Which form of a suite runs: "full", "quick", or "small" without the machine for it."""
+        if not self.on_gpu and not self.measures_cpu:
             return "small"
         return "quick" if self.quick else "full"
 
@@ -99,11 +101,13 @@ class Suite:
 
     Attributes:
         trains: it consists of training runs, which processes may share.
+        measures_cpu: it measures the CPU, whether there is a GPU or not.
     """
 
     name: str
     summary: str
     trains: bool = False
+    measures_cpu: bool = False
 
     def run(self, context: Context) -> Iterator[Row]:
         module = import_module(f"entropy_attn.benchmarks.suites.{self.name}")
@@ -129,6 +133,11 @@ SUITES: dict[str, Suite] = {
             "vision",
             "small vision transformers by regularizer: sparse, corrupted, and where they look",
             trains=True,
+        ),
+        Suite(
+            "geometry",
+            "orders of points by their entropy, and the triangulations that they speed up",
+            measures_cpu=True,
         ),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
     )

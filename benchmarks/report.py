@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_attn.benchmarks import report_finetune, report_vision
+from entropy_attn.benchmarks import report_finetune, report_geometry, report_vision
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
@@ -299,6 +299,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "quality-at-a-quarter": _quality_at_a_quarter,
     **report_finetune.TABLES,
     **report_vision.TABLES,
+    **report_geometry.TABLES,
 }
 
 
@@ -355,4 +356,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    return drawn + report_finetune.draw(store, folder) + report_vision.draw(store, folder)
+    for part in (report_finetune, report_vision, report_geometry):
+        drawn += part.draw(store, folder)
+    return drawn

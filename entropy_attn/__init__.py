@@ -50,10 +50,12 @@ _EXPORTS = {
     "register": "integrations",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "geometry", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "geometry":  # needs numba and scipy
+        return import_module("entropy_attn.geometry")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'entropy_attn' has no attribute {name!r}")
     module = import_module(f"entropy_attn.{_EXPORTS[name]}")

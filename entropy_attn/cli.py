@@ -221,7 +221,8 @@ def _run_suite(name: str, quick: bool, store, share) -> int:
 
     failures = 0
     with _progress() as progress:
-        context = Context(_device(), quick, store.directory, progress, share)
+        cpu = SUITES[name].measures_cpu
+        context = Context(_device(), quick, store.directory, progress, share, cpu)
         if context.form == "small":
             console.print(f"[yellow]{name}: no GPU, so this is the small form[/]")
         for row in SUITES[name].run(context):

@@ -18,8 +18,8 @@ LONGEST_FILE = 600  # lines
 
 # Packages that the core must work without.
 OPTIONAL = (
-    "accelerate", "einops", "flash_attn", "matplotlib", "rich", "timm", "transformers", "triton",
-    "typer",
+    "accelerate", "einops", "flash_attn", "matplotlib", "numba", "rich", "timm", "transformers",
+    "triton", "typer",
 )  # fmt: skip
 
 HELPERS = (
@@ -58,6 +58,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
     "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
+    "entropy_attn.geometry": (
+        "entropy_attn.geometry",
+        "entropy_attn.partition",
+        "entropy_attn.validation",
+    ),
     "entropy_attn.regularizer": ("entropy_attn.regularizer", "entropy_attn.integrations", *API),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),
     "entropy_attn.__init__": ("entropy_attn.integrations.registration",),
@@ -68,7 +73,7 @@ MAY_VALIDATE = (
     "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
     "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
-    "entropy_attn.reorder",
+    "entropy_attn.reorder", "entropy_attn.geometry",
 )  # fmt: skip
 
 
