@@ -83,7 +83,7 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt Makefile
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)" numpy -c constraints.txt
 	$(PYTHON) -c "import triton" 2>/dev/null || $(PIP) install "$(TRITON)" -c constraints.txt
-	$(PIP) install "$(TORCH)" -e ".[transformers,bench,dev]" -c constraints.txt
+	$(PIP) install "$(TORCH)" -e ".[transformers,bench,geometry,dev]" -c constraints.txt
 	$(PIP) install --no-deps "$(TIMM)" "$(TORCHVISION)"
 	$(PYTHON) -c "import torchvision" 2>/dev/null || $(PIP) uninstall --yes torchvision
 	touch $@

@@ -16,6 +16,7 @@ from torch import Tensor
 from entropy_attn.kernels.launch import device_of, split_rows
 
 ROWS = 64  # points of a tile, in the search for extremes
+PROGRAMS = 128  # in the search
 BLOCK = 1024  # points of a program, in the test
 
 
@@ -114,7 +115,7 @@ def extreme_points(points: Tensor, directions: Tensor) -> Tensor:
     batch, total, dim = points.shape
     count = len(directions)
     tiles = triton.cdiv(total, ROWS)
-    splits, share = split_rows(tiles, batch, 256)
+    splits, share = split_rows(tiles, batch, PROGRAMS)
     reach = directions.new_empty(batch, splits, count)
     index = torch.empty_like(reach, dtype=torch.int32)
     out = torch.empty(batch, count, dtype=torch.int64, device=points.device)
@@ -124,8 +125,9 @@ def extreme_points(points: Tensor, directions: Tensor) -> Tensor:
             DIM=dim, COUNT=count, ROWS=ROWS,
         )  # fmt: skip
         _furthest_kernel[(batch,)](
-            reach, index, out, splits, COUNT=count, SPLITS=triton.next_power_of_2(splits)
-        )
+            reach, index, out, splits, COUNT=count, SPLITS=triton.next_power_of_2(splits),
+            num_warps=8,
+        )  # fmt: skip
     return out
 
 

@@ -4,13 +4,12 @@ Needs NumPy, SciPy and numba: ``pip install entropy-attn[geometry]``. Compiled c
 the modules or, where that cannot be written to, in numba's cache folder of the user.
 """
 
-from importlib.util import find_spec
-
-if find_spec("numba") is None:
-    raise ModuleNotFoundError(
-        "entropy_attn.geometry needs numba: pip install entropy-attn[geometry]", name="numba"
-    )
-
-from entropy_attn.geometry.hull import convex_hull
+try:
+    from entropy_attn.geometry.hull import convex_hull
+except ModuleNotFoundError as error:
+    if error.name != "numba":
+        raise
+    message = "entropy_attn.geometry needs numba: pip install entropy-attn[geometry]"
+    raise ModuleNotFoundError(message, name="numba") from error
 
 __all__ = ["convex_hull"]

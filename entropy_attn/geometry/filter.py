@@ -26,13 +26,14 @@ from entropy_attn.geometry.predicates import U, orientation, orientation_3d
 SAMPLE = 4096
 # Directions of the polytopes that are tried one after the other, for 2D and 3D. The first one is
 # spanned by a sample and tested on all points.
-STAGES = {2: (16, 64), 3: (26, 64, 128)}
+STAGES = {2: (16, 64), 3: (16, 64, 128)}
 ENOUGH = 1000  # Qhull or a sort take it from here
 BLOCK = 512  # points that are in registers and the first cache at once
 
-# Rounding errors of a test in units of U, over the sum of |normal| |coordinate|. See `_threshold`.
+# Of a test, see `_threshold`.
 ROUNDINGS = 32.0
 UNDERFLOW = 2.0**-1000
+LARGE = 2.0**1000
 
 
 def candidates(points: np.ndarray) -> np.ndarray:
@@ -44,6 +45,8 @@ def candidates(points: np.ndarray) -> np.ndarray:
     Returns:
         (m,) int64. Further copies of a vertex are kept as well.
     """
+    if len(points) <= ENOUGH:
+        return np.arange(len(points))
     index = None
     for count in STAGES[points.shape[1]]:
         kept = outside(points, *polytope(_sample(points), count))
@@ -105,18 +108,22 @@ def halfspaces(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _threshold(normal, size, point, box):
     """What normal . x must exceed for a point x of the box to be strictly inside.
 
-    The plane through ``point`` has an exact normal N, of which ``normal`` is a rounded one with
-    |normal - N| <= 4 U size and |N| <= size in each coordinate. With S = size . box:
-    N.(x - point) >= normal.(x - point) - 8 U S, since |x - point| <= 2 box; each of the two dot
-    products is computed with an error below 4 U S (three products, two sums, and the normal's own
-    rounding), so is the threshold, and the caller's subtraction adds 2 U S. ROUNDINGS has room for
-    that of S itself. Errors of underflows are far below UNDERFLOW unless S is so large that U S
-    covers them. An overflow makes the threshold infinite or NaN, which no point exceeds.
+    The plane through ``point`` has an exact normal N; |normal - N| <= 4 U size and |N| <= size in
+    each coordinate. With S = size . box, in units of U S: the rounded normal changes
+    N . (x - point) by at most 8, since |x - point| <= 2 box; the caller's products and sums, which
+    may reach 2 S, are off by at most 8, and this threshold by 5. ROUNDINGS is above their sum.
+
+    What underflows in a normal is below 2^-1073, and multiplied by the box: hence the first
+    UNDERFLOW. All other underflows are below the second. Where something could overflow, the normal
+    is set to 0 and the threshold is infinite: the test fails for every point.
     """
     offset, scale = 0.0, 0.0
     for i in range(len(normal)):
         offset += normal[i] * point[i]
-        scale += size[i] * box[i]
+        scale += (size[i] + UNDERFLOW) * box[i]
+    if not scale < LARGE:
+        normal[:] = 0.0
+        return np.inf
     return offset + (ROUNDINGS * U * scale + UNDERFLOW)
 
 
@@ -139,7 +146,7 @@ def _halfspaces_2d(vertices):
             a, b = vertices[i], vertices[j]
             side = 0
             for k in range(count):
-                if k == i or k == j:  # noqa: PLR1714
+                if k in (i, j):
                     continue
                 c = vertices[k]
                 turn = orientation(a[0], a[1], b[0], b[1], c[0], c[1])
@@ -150,8 +157,8 @@ def _halfspaces_2d(vertices):
                 side = turn if turn != 0 else side
             if side != 0:
                 normal = np.array([a[1] - b[1], b[0] - a[0]]) * side
-                normals[found] = normal
                 thresholds[found] = _threshold(normal, np.abs(normal) * (1 + 4 * U), a, box)
+                normals[found] = normal
                 found += 1
     return normals[:found].copy(), thresholds[:found].copy()
 
@@ -175,8 +182,8 @@ def _halfspaces_3d(vertices):
                     # Inside is below the plane where side is 1.
                     normal[x] = (u[z] * w[y] - u[y] * w[z]) * side
                     size[x] = abs(u[y] * w[z]) + abs(u[z] * w[y])
-                normals[found] = normal
                 thresholds[found] = _threshold(normal, size, vertices[i], box)
+                normals[found] = normal
                 found += 1
     return normals[:found].copy(), thresholds[:found].copy()
 
@@ -194,7 +201,7 @@ def _side_of_triple(vertices, order, i, j, k):
     side = 0
     for place in range(len(order)):
         m = order[place]
-        if m == i or m == j or m == k:  # noqa: PLR1714
+        if m in (i, j, k):
             continue
         dx, dy, dz = vertices[m, 0], vertices[m, 1], vertices[m, 2]
         turn = orientation_3d(ax, ay, az, bx, by, bz, cx, cy, cz, dx, dy, dz)
@@ -263,7 +270,8 @@ def extremes(points, directions):
 def outside(points, normals, thresholds, box):
     """Ascending indices of the points that are not found to be strictly inside.
 
-    A point that is not finite is outside: it fails the comparison with the box.
+    Points that are not finite are outside: they fail the comparison with the box, and NaN leaves
+    the slack as it is.
     """
     total, is_flat = len(points), points.shape[1] == 2
     xs, ys, zs, slack = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
@@ -281,12 +289,12 @@ def outside(points, normals, thresholds, box):
             if is_flat:
                 for i in range(size):
                     value = nx * xs[i] + (ny * ys[i] - threshold)
-                    slack[i] = min(slack[i], value)
+                    slack[i] = value if value < slack[i] else slack[i]
             else:
                 nz = normals[k, 2]
                 for i in range(size):
                     value = nx * xs[i] + (ny * ys[i] + (nz * zs[i] - threshold))
-                    slack[i] = min(slack[i], value)
+                    slack[i] = value if value < slack[i] else slack[i]
         for i in range(size):
             if not slack[i] > 0.0:
                 kept[found] = start + i

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_attn.backend import availability
+from entropy_attn.backend.table import availability
 from entropy_attn.errors import BackendUnavailable
-from entropy_attn.geometry import filter as numba_filter
 from entropy_attn.geometry import ops
+from entropy_attn.geometry.filter import candidates
 from entropy_attn.geometry.hull2d import hull_2d
 from entropy_attn.geometry.hull3d import hull_3d
 from entropy_attn.geometry.points import as_points, check_finite, check_tensor
@@ -61,14 +61,16 @@ def convex_hull(points: Any, *, backend: str = "auto") -> Any:
     return hulls if points.ndim == 3 else hulls[0]
 
 
-def _hull(points: np.ndarray) -> np.ndarray:
-    """`convex_hull` of (n, d) float64."""
+def _hull(points: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """`convex_hull` of (n, d) float64, which the caller knows as ``rows`` (by default as given)."""
     if len(points) == 0:
         return np.empty(0, np.int64)
-    index = numba_filter.candidates(points)
-    check_finite(points, index)
-    find = hull_2d if points.shape[1] == 2 else hull_3d
-    return find(points) if len(index) == len(points) else index[find(points[index])]
+    index = candidates(points)
+    if len(index) < len(points):
+        points = points[index]
+    rows = index if rows is None else rows[index]
+    check_finite(points, rows)
+    return rows[hull_2d(points) if points.shape[1] == 2 else hull_3d(points)]
 
 
 def _filtered_hulls(points: Tensor, backend: str) -> list[np.ndarray]:
@@ -77,14 +79,10 @@ def _filtered_hulls(points: Tensor, backend: str) -> list[np.ndarray]:
     if batch * total == 0:
         return [np.empty(0, np.int64)] * batch
     which, index = ops.candidates(points, backend)
-    kept, index = _to_numpy(points[which, index]), index.cpu().numpy()
-    ends = np.cumsum(torch.bincount(which, minlength=batch).cpu().numpy())[:-1]
-    hulls = []
-    for chosen, numbers in zip(np.split(kept, ends), np.split(index, ends), strict=True):
-        # Rows are named as the caller numbers them.
-        check_finite(chosen, np.arange(len(chosen))) if False else None
-        hulls.append(numbers[_hull(chosen)])
-    return hulls
+    ends = torch.bincount(which, minlength=batch).cumsum(0)[:-1].cpu().numpy()
+    kept, rows = _to_numpy(points[which, index]), index.cpu().numpy()
+    pairs = zip(np.split(kept, ends), np.split(rows, ends), strict=True)
+    return [_hull(*pair) for pair in pairs]
 
 
 def _filter_for(points: Tensor, backend: str) -> str:

@@ -31,7 +31,7 @@ def hull_2d(points: np.ndarray) -> np.ndarray:
 @njit(cache=True, nogil=True)
 def is_ascending(x):
     """Whether no number is smaller than the one before."""
-    for i in range(1, len(x)):
+    for i in range(1, len(x)):  # noqa: SIM110, numba compiles no all()
         if x[i] < x[i - 1]:
             return False
     return True

@@ -33,8 +33,10 @@ def hull_3d(points: np.ndarray) -> np.ndarray:
         return np.sort(hull_2d(np.ascontiguousarray(points[:, axes])))
     from scipy.spatial import ConvexHull, QhullError
 
+    # Qhull's roundings are relative to the longest axis, and squares of 1e300 overflow.
+    exponents = np.frexp(np.abs(points).max(0))[1]
     try:
-        vertices = ConvexHull(points).vertices
+        vertices = ConvexHull(np.ldexp(points, -exponents)).vertices
     except QhullError as error:
         raise ValueError(
             "points lie in a plane up to rounding, but not exactly: Qhull finds no hull of them; "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Integers beyond are not all float64 numbers.
 LARGEST_INTEGER = 2**53
+INTEGER_ADVICE = "integers are exact up to 2^53; subtract an offset first"
 
 
 def as_points(points: Any, dims: tuple[int, ...] = (2, 3)) -> np.ndarray:
@@ -27,10 +28,8 @@ def as_points(points: Any, dims: tuple[int, ...] = (2, 3)) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] not in dims:
         raise ValueError(f"points must have shape {_shapes(dims)}, got {array.shape}")
     if array.dtype.kind in "iu":
-        _refuse_row(
-            ((array > LARGEST_INTEGER) | (array < -LARGEST_INTEGER)).any(1), array,
-            "integers are exact up to 2^53; subtract an offset first",
-        )  # fmt: skip
+        too_large = (array > LARGEST_INTEGER) | (array < -LARGEST_INTEGER)
+        _refuse_row(too_large, array, INTEGER_ADVICE)
     elif array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise TypeError(
             f"points has dtype {array.dtype}; allowed are float16, float32, float64 and integers"
@@ -38,14 +37,13 @@ def as_points(points: Any, dims: tuple[int, ...] = (2, 3)) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float64)
 
 
-def check_finite(points: np.ndarray, index: np.ndarray) -> None:
-    """That the rows of (n, d) points with these ascending indices are finite.
+def check_finite(points: np.ndarray, rows: np.ndarray) -> None:
+    """That (m, d) points are finite, which the caller knows as these ``rows``, ascending.
 
     Raises:
         ValueError: names the first row that is not.
     """
-    chosen = points if len(index) == len(points) else points[index]
-    _refuse_row(~np.isfinite(chosen).all(1), chosen, "remove or repair it", index)
+    _refuse_row(~np.isfinite(points), points, "remove or repair it", rows)
 
 
 def check_tensor(points: Tensor) -> Tensor:
@@ -65,15 +63,14 @@ def check_tensor(points: Tensor) -> Tensor:
         raise TypeError(
             f"points has dtype {points.dtype}; allowed are floating point numbers and integers"
         )
-    points = points.detach().reshape(-1, *points.shape[-2:])
+    points = points.detach() if points.ndim == 3 else points.detach()[None]
     if points.dtype.is_floating_point:
         return points
     too_large = (points > LARGEST_INTEGER) | (points < -LARGEST_INTEGER)
     if too_large.any():
         batch, row, _ = too_large.nonzero()[0].tolist()
         raise ValueError(
-            f"points[{batch}] holds {points[batch, row].tolist()} at row {row}: integers are exact "
-            "up to 2^53; subtract an offset first"
+            f"points[{batch}] holds {points[batch, row].tolist()} at row {row}: {INTEGER_ADVICE}"
         )
     return points.double()
 
@@ -83,9 +80,10 @@ def _shapes(dims: tuple[int, ...]) -> str:
 
 
 def _refuse_row(
-    wrong: np.ndarray, points: np.ndarray, advice: str, index: np.ndarray | None = None
+    wrong: np.ndarray, points: np.ndarray, advice: str, rows: np.ndarray | None = None
 ) -> None:
+    """Name the first row of ``points`` where an entry of ``wrong``, as large as it, is set."""
     if wrong.any():
-        first = int(wrong.argmax())
-        row = first if index is None else int(index[first])
+        first = int(wrong.any(1).argmax())
+        row = first if rows is None else int(rows[first])
         raise ValueError(f"points holds {points[first].tolist()} at row {row}: {advice}")
