@@ -50,12 +50,15 @@ _EXPORTS = {
     "register": "integrations",
 }
 
-__all__ = ["__version__", "geometry", *_EXPORTS]
+# Parts with names of their own, as `ea.geometry.convex_hull`.
+_MODULES = ("geometry",)
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "geometry":  # needs numba and scipy
-        return import_module("entropy_attn.geometry")
+    if name in _MODULES:
+        return import_module(f"entropy_attn.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'entropy_attn' has no attribute {name!r}")
     module = import_module(f"entropy_attn.{_EXPORTS[name]}")

@@ -289,6 +289,26 @@ class SoftCells:
         ops.range_backward(one, *given, entropy, mass, lse, *needs)
 
 
+@dataclass(frozen=True)
+class HullFilter:
+    """Extreme points along 64 directions, and which points their polytope holds."""
+
+    dim: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"d={self.dim}, hull filter, {str(self.dtype).split('.')[1]}"
+
+    def run(self) -> None:
+        # What comes between the launchers reads values, and nothing was computed.
+        from entropy_attn.kernels import hull_filter
+
+        points = torch.zeros(2, 100_000, self.dim, dtype=self.dtype)
+        normals = torch.zeros(2, 64, self.dim, dtype=torch.float64)
+        hull_filter.extreme_points(points, normals[0])
+        hull_filter.outside(points, normals, normals[..., 0].contiguous(), normals[:, 0])
+
+
 CASES = (
     Attention(128, 128),
     Attention(128, 64, is_causal=True, entropy=True),
@@ -328,6 +348,8 @@ CASES = (
     SoftCells(96, 1024, dtype=torch.float32),
     SoftCells(64, 10, halfspaces=True, weights=True),
     SoftCells(1024, 12, dtype=torch.float32, halfspaces=True),
+    HullFilter(2),
+    HullFilter(3, dtype=torch.float64),
 )
 
 

@@ -18,8 +18,8 @@ LONGEST_FILE = 600  # lines
 
 # Packages that the core must work without.
 OPTIONAL = (
-    "accelerate", "einops", "flash_attn", "matplotlib", "numba", "rich", "timm", "transformers",
-    "triton", "typer",
+    "accelerate", "einops", "flash_attn", "matplotlib", "numba", "rich", "scipy", "timm",
+    "transformers", "triton", "typer",
 )  # fmt: skip
 
 HELPERS = (
@@ -38,7 +38,10 @@ API = (
     *MASKS,
 )  # fmt: skip
 # The modules where the API meets the kernels.
-BOUNDARY = ("entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops")
+BOUNDARY = (
+    "entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops",
+    "entropy_attn.geometry.ops",
+)  # fmt: skip
 
 # What the modules below a name may import of this package; the longest name that fits counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -56,13 +59,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *PLAIN),
     "entropy_attn.selection.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
-    "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
-    "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
     "entropy_attn.geometry": (
         "entropy_attn.geometry",
+        "entropy_attn.backend",
         "entropy_attn.partition",
         "entropy_attn.validation",
+        "entropy_attn.errors",
     ),
+    "entropy_attn.geometry.ops": ("entropy_attn.geometry", "entropy_attn.kernels", *PLAIN),
+    "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
+    "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
     "entropy_attn.regularizer": ("entropy_attn.regularizer", "entropy_attn.integrations", *API),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),
     "entropy_attn.__init__": ("entropy_attn.integrations.registration",),

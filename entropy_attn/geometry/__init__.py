@@ -1,4 +1,8 @@
-"""Orders of point sets, what they are worth, and triangulations: `entropy-attn[geometry]`."""
+"""Exact computational geometry of point sets, on the CPU and on a GPU; docs/geometry.md.
+
+Needs NumPy, SciPy and numba: ``pip install entropy-attn[geometry]``. Compiled code is kept beside
+the modules or, where that cannot be written to, in numba's cache folder of the user.
+"""
 
 try:
     import numba  # noqa: F401
@@ -9,11 +13,13 @@ except ImportError as error:
         name=error.name,
     ) from error
 
+from entropy_attn.geometry.hull import convex_hull
 from entropy_attn.geometry.orders import entropy_order
 from entropy_attn.geometry.sequence_entropy import order_entropy, run_entropy, soft_order_entropy
 from entropy_attn.geometry.triangulation import triangulate
 
 __all__ = [
+    "convex_hull",
     "entropy_order",
     "order_entropy",
     "run_entropy",

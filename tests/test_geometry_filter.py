@@ -1,0 +1,150 @@
+"""The filter drops only what is strictly inside the hull, on the CPU and in Triton."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+pytest.importorskip("numba")
+
+import numpy as np
+import torch
+from hull_cases import KINDS, exact_orientation, hard_numbers
+
+from entropy_attn.geometry import filter as hull_filter
+from entropy_attn.geometry import ops
+
+
+def is_strictly_inside(point, vertices, planes) -> bool:
+    """By the exact side of each plane through vertices; `planes` are index tuples."""
+    for plane in planes:
+        corners = [vertices[i] for i in plane]
+        inner = {exact_orientation(*corners, vertex) for vertex in vertices} - {0}
+        if exact_orientation(*corners, point) not in inner:
+            return False
+    return True
+
+
+def supporting_planes(vertices, dim):
+    """Index tuples of all lines (planes) through two (three) vertices with none on one side."""
+    found = []
+    for chosen in itertools.combinations(range(len(vertices)), dim):
+        corners = [vertices[i] for i in chosen]
+        if len({exact_orientation(*corners, vertex) for vertex in vertices} - {0}) == 1:
+            found.append(chosen)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_what_is_dropped_is_strictly_inside(dim, kind):
+    numbers = random.Random(f"{dim} {kind}")
+    dropped = 0
+    for _ in range(12):
+        drawn = [[hard_numbers(kind, numbers) for _ in range(dim)] for _ in range(28)]
+        vertices, points = np.unique(drawn[:8], axis=0), drawn[8:]
+        planes = supporting_planes(vertices, dim)
+        middle = vertices / len(vertices)
+        points += [middle.sum(0), *vertices, *(vertices / 2 + vertices[0] / 2)]
+        kept = hull_filter.outside(np.array(points), *hull_filter.halfspaces(vertices))
+        for i in set(range(len(points))) - set(kept.tolist()):
+            assert planes
+            assert is_strictly_inside(points[i], vertices, planes)
+            dropped += 1
+    assert dropped > 0 or kind in ("ends", "any", "mixed")
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_halfspaces_are_those_of_the_facets(dim):
+    """The corners of a cube, the middles of its edges and faces: each plane comes up once."""
+    grid = np.stack(np.meshgrid(*[[0.0, 1.0, 2.0]] * dim), -1).reshape(-1, dim)
+    normals, thresholds, box = hull_filter.halfspaces(grid)
+    assert len(normals) == len(thresholds) == 2 * dim
+    assert box.tolist() == [2.0] * dim
+    assert hull_filter.outside(grid, normals, thresholds, box).tolist() == [
+        i for i, point in enumerate(grid) if not (point == 1.0).all()
+    ]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_flat_polytopes_hold_nothing(dim):
+    line = np.arange(4.0)[:, None] * np.arange(1.0, dim + 1)
+    for vertices in (line, line[:1], line[:0]):
+        limits = hull_filter.halfspaces(vertices)
+        assert hull_filter.outside(line, *limits).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_extremes_are_the_furthest(dim):
+    points = np.random.default_rng(0).normal(size=(1777, dim))
+    towards = hull_filter.directions(64, dim)
+    assert np.allclose(np.linalg.norm(towards, axis=1), 1)
+    assert (hull_filter.extremes(points, towards) == (points @ towards.T).argmax(0)).all()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_kept(dim, bad):
+    points = np.random.default_rng(1).random((5000, dim))
+    points[[0, 1234, 4999], [0, 1, dim - 1]] = bad
+    assert {0, 1234, 4999} <= set(hull_filter.candidates(points).tolist())
+
+
+def test_overflows_keep_points():
+    """The corners are so large that products with them overflow."""
+    corners = np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
+    for scale in (1e308, 1e200, 1e150, 1e-150, 5e-324):
+        square = corners * scale
+        points = np.concatenate([square, [(0.0, 0.0), (1.7e308, 1.7e308), (1.7e308, -1.7e308)]])
+        kept = hull_filter.outside(points, *hull_filter.halfspaces(square))
+        assert {0, 1, 2, 3, 5, 6} <= set(kept.tolist())
+        assert (4 in kept) == (scale not in (1e150, 1e-150, 1.0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_filters_of_tensors_agree_with_numba(dim, dtype, backend, device):
+    """Same halfspaces, same decisions; only a value at a threshold may round differently."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    batch, total = 3, 1337
+    # Not contiguous, batches of different shape: a ball, a flat set, copies of one point.
+    points = torch.randn(dim, total, batch, dtype=torch.float64).permute(2, 1, 0)
+    points[1, :, 0] = 0.5
+    points[2] = 1.0
+    points = points.to(dtype).to(device)
+    towards = torch.from_numpy(hull_filter.directions(64, dim)).to(device)
+    implementation = ops._filter(backend)
+    found = implementation.extreme_points(points, towards).cpu()
+    assert found.shape == (batch, 64)
+    assert found[2].tolist() == [0] * 64
+    reach = points.cpu().double() @ towards.cpu().T
+    furthest = reach.gather(1, found[:, None])[:, 0]
+    assert torch.allclose(furthest, reach.amax(1), rtol=1e-14, atol=1e-14)
+
+    which, index = (each.cpu() for each in ops.candidates(points, backend))
+    kept = torch.zeros(batch, total, dtype=torch.bool)
+    kept[which, index] = True
+    assert kept[1:].all()
+    assert kept[0].sum() < total // 2
+    exact = np.ascontiguousarray(points[0].cpu().double().numpy())
+    vertices = np.unique(exact[found[0].numpy()], axis=0)
+    expected = hull_filter.outside(exact, *hull_filter.halfspaces(vertices))
+    assert kept[0].nonzero()[:, 0].tolist() == expected.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2, 3])
+def test_large_offsets_on_the_gpu(dim):
+    """More than 2^31 numbers: addresses are 64 bits wide."""
+    total = 2**31 // dim + 100_000
+    points = torch.rand(1, total, dim, dtype=torch.float16, device="cuda")
+    points[0, -7] = 2.0
+    which, index = ops.candidates(points, "triton")
+    assert total - 7 in index.tolist()
+    assert len(index) < total // 10
+    assert (which == 0).all()
