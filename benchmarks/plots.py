@@ -300,7 +300,7 @@ def speedup_against_density(
         axes.set_ylabel("speed-up over the best dense attention")
         axes.set_title(title, loc="left")
         figure.legend(fontsize=8.5, ncols=2, loc="outside lower center")
-        _save(figure, path)
+        save(figure, path)
 
 
 def scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
@@ -328,7 +328,7 @@ def scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path:
         axes.set_ylabel("milliseconds, selection included")
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8.5)
-        _save(figure, path)
+        save(figure, path)
 
 
 def roofline(
@@ -365,7 +365,7 @@ def roofline(
         axes.set_ylabel("TFLOP/s")
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8.5)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _colour(names: Sequence[str], name: str) -> str:

@@ -120,18 +120,18 @@ def test_integers_are_exact_up_to_2_to_the_53():
 @pytest.mark.parametrize(
     "points, error, message",
     [
-        ([(0, 0), (2**53 + 1, 1)], ValueError, r"\[9007199254740993, 1\] at row 1.*2\^53"),
-        ([(0, 0), (-(2**63), 1)], ValueError, "at row 1"),
+        ([(0, 0), (2**53 + 1, 1)], ValueError, r"points\[1\] is \[9007199254740993, 1\].*2\^53"),
+        ([(0, 0), (-(2**63), 1)], ValueError, r"points\[1\]"),
         ([(0, 0), (2**80, 1)], TypeError, "object"),
         ([(0, 1j)], TypeError, "complex"),
         ([(True, False)], TypeError, "bool"),
         ([0.0, 1.0], ValueError, r"\(n, 2\) or \(n, 3\), got \(2,\)"),
         (np.zeros((3, 4)), ValueError, r"got \(3, 4\)"),
-        ([(0, 0), (1, np.inf), (np.nan, 0)], ValueError, r"\[1.0, inf\] at row 1"),
-        (torch.tensor([(0, 2**53 + 1)]), ValueError, r"row 0.*2\^53"),
+        ([(0, 0), (1, np.inf), (np.nan, 0)], ValueError, r"points\[1\] is \[1.0, inf\]"),
+        (torch.tensor([(0, 2**53 + 1)]), ValueError, r"points\[0, 0\].*2\^53"),
         (torch.zeros(3, 2, dtype=torch.bool), TypeError, "bool"),
         (torch.zeros(3), ValueError, "batch dimension"),
-        (torch.tensor([(0.0, 0.0, 0.0), (0.0, torch.nan, 0.0)]), ValueError, "nan.*at row 1"),
+        (torch.tensor([(0.0, 0.0, 0.0), (0.0, torch.nan, 0.0)]), ValueError, r"points\[1\].*nan"),
     ],
 )
 def test_bad_input_is_named(points, error, message):
@@ -143,7 +143,7 @@ def test_bad_input_is_named(points, error, message):
 def test_the_first_row_that_is_not_finite_is_named(dim):
     points = shape("cube", 5000, dim)
     points[[4000, 3000], [0, 1]] = np.nan, np.inf
-    with pytest.raises(ValueError, match="at row 3000"):
+    with pytest.raises(ValueError, match=r"points\[3000\]"):
         convex_hull(points)
 
 
@@ -219,7 +219,7 @@ def test_tensors(dim, backend, device):
     assert single.tolist() == convex_hull(points[0].float().numpy()).tolist()
     assert [len(h) for h in convex_hull(points[:, :0].to(device), backend=backend)] == [0, 0]
     points[1, 1500, 0] = torch.nan
-    with pytest.raises(ValueError, match="at row 1500"):
+    with pytest.raises(ValueError, match=r"points\[1500\]"):
         convex_hull(points.to(device), backend=backend)
 
 

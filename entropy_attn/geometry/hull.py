@@ -51,7 +51,7 @@ def convex_hull(points: Any, *, backend: str = "auto") -> Any:
     if not isinstance(points, Tensor):
         if backend not in ("auto", "numba"):
             raise ValueError(f"backend={backend!r} takes torch tensors; convert the points")
-        return _hull(as_points(points))
+        return _hull(as_points(points).astype(np.float64, copy=False))
     batch = check_tensor(points)
     if _filter_for(points, backend) == "numba":
         found = [_hull(_to_numpy(each)) for each in batch]
@@ -101,4 +101,4 @@ def _filter_for(points: Tensor, backend: str) -> str:
 
 
 def _to_numpy(points: Tensor) -> np.ndarray:
-    return as_points(points.double().cpu().numpy())
+    return points.double().cpu().numpy()

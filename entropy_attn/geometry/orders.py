@@ -14,7 +14,7 @@ from numba import njit
 
 from entropy_attn.geometry.cells import nearest_cells
 from entropy_attn.geometry.hilbert import hilbert_keys
-from entropy_attn.geometry.point_sets import as_points
+from entropy_attn.geometry.points import finite_points
 from entropy_attn.geometry.radix import sorting_permutation
 
 # Of a byte; 8 for 0. A branch on each bit of a random word would be mispredicted.
@@ -59,12 +59,12 @@ def entropy_order(
         )
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed must be an int >= 0, got {seed!r}")
-    array = as_points(points, dims=(2, 3))
+    array = finite_points(points)
     n = len(array)
     if n >= 2**32:
         raise ValueError(f"points holds {n} rows; at most 2^32 - 1 are allowed")
     if method == "cells":
-        centres = as_points(anchors, dims=array.shape[1:], name="anchors").astype(np.float64)
+        centres = finite_points(anchors, dims=array.shape[1:], name="anchors").astype(np.float64)
         if len(centres) == 0:
             raise ValueError("anchors holds no row; at least one is needed")
         return _by_cells(array, centres)

@@ -22,7 +22,7 @@ from numba import njit
 from torch import Tensor
 
 from entropy_attn import validation as check
-from entropy_attn.geometry.point_sets import as_order, as_points
+from entropy_attn.geometry.points import as_order, finite_points
 from entropy_attn.partition.module import RangeEntropy
 
 # Levels end where a cell has about so many points: a cell of one point is no range.
@@ -67,7 +67,7 @@ def order_entropy(
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
     """
-    array = as_points(points, dims=(2, 3))
+    array = finite_points(points)
     n = len(array)
     order = np.arange(n) if order is None else as_order(order, n)
     levels: Iterator[np.ndarray] = _tree_levels(array)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from entropy_attn.geometry.copies import first_of_equals
 from entropy_attn.geometry.orders import entropy_order
-from entropy_attn.geometry.point_sets import as_points, first_of_equals
+from entropy_attn.geometry.points import finite_points
 
 # Exponents of coordinates for which the exact predicates neither over- nor underflow (Shewchuk,
 # "Adaptive precision floating-point arithmetic", Discrete & Computational Geometry 18, 1997).
@@ -69,7 +70,7 @@ def triangulate(points: Any, *, library: str = "auto", order: str | None = "hilb
         ImportError: the library is not installed; the message says what to install.
     """
     chosen = choose_library(library)
-    array = as_points(points)
+    array = finite_points(points, dims=(2,))
     along = np.arange(len(array)) if order is None else entropy_order(array, order)
     along = along[first_of_equals(array)[along]]
     if len(along) < 3:
