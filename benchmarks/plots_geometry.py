@@ -53,7 +53,7 @@ def pictures_of_orders(path: Path, count: int = 2000) -> None:
     anchors = k_means(points, 32)
     orders["32 k-means cells"] = ea.geometry.entropy_order(points, "cells", anchors=anchors)
     del orders["256 k-means cells"]
-    with plt.rc_context(STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE | {"axes.grid": False, "figure.dpi": 100}):
         figure, axes = plt.subplots(
             1, len(orders), figsize=(3.1 * len(orders), 4.0), layout="constrained"
         )

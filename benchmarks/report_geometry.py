@@ -53,8 +53,8 @@ def _correlations(store: Store) -> str:
         setup = (
             f"Spearman's rank correlation over {orders} orders of "
             f"{records[0].config['n']:,} points. The last column is that of the run times of two "
-            "libraries, in the order of the columns: no one measure can agree with all of them "
-            "better than they agree."
+            "libraries, in the order of the columns: where they disagree no one measure can follow "
+            "both."
         )
         return f"{setup}\n\n{markdown(header, rows)}"
 
