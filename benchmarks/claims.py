@@ -35,19 +35,15 @@ class Claim:
 
 def rows(store: Store) -> list[tuple[str, str, str, str, str]]:
     """(claim, paper, measured, limit, verdict) of every claim."""
-    return [(c.text, c.paper, *_in_order(c.judge(store), c.limit)) for c in CLAIMS]
-
-
-def _in_order(judged: tuple[str, str], limit: str) -> tuple[str, str, str]:
-    measured, verdict = judged
-    return measured, limit, verdict
+    judged = [(claim, *claim.judge(store)) for claim in CLAIMS]
+    return [(c.text, c.paper, measured, c.limit, verdict) for c, measured, verdict in judged]
 
 
 def _not_measured(store: Store) -> tuple[str, str]:
     return NOT_YET
 
 
-def _perplexity(store: Store) -> tuple[str, str]:
+def judge_perplexity(store: Store) -> tuple[str, str]:
     """The predictor of least change that keeps 20 to 30 % of the blocks of 64, held-out prose."""
     found = [
         r
@@ -144,7 +140,7 @@ CLAIMS = (
     ),
     Claim(
         "perplexity at sparsity 70 to 75 %", "+0.9", "stand-in: SmolLM2-135M, 8192 tokens",
-        _perplexity,
+        judge_perplexity,
     ),
     Claim(
         "IoU of kept blocks and objects, against magnitude pruning", "0.73, 0.41",

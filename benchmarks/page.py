@@ -129,7 +129,7 @@ def _cards(store: Store) -> list[Card]:
         if config["head_dim"] == 128 and config["block"] == 128 and not config["is_causal"]:
             text = f"{config['direction']}, D=128, a quarter of the blocks, on visited tiles"
             found.append(Card(f"{record.result['tflops']:.0f} TFLOP/s", text))
-    quality = claims.CLAIMS[4].judge(store)
+    quality = claims.judge_perplexity(store)
     if quality != claims.NOT_YET:
         found.append(Card(quality[0], "perplexity of SmolLM2, without training"))
     for record in full_records(store, "entropy", contestant="eager", anchors=64, dim=64):

@@ -195,8 +195,7 @@ def break_even(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, pa
             axes.plot(
                 lengths,
                 [100 * density for density in densities],
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                **cycled(index),
                 label=name,
             )
         axes.set_xscale("log", base=2)
@@ -222,8 +221,7 @@ def accuracy_against_density(
                 [100 * density for density in densities],
                 [100 * accuracy for accuracy in accuracies],
                 [100 * half for half in halves],
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                **cycled(index),
                 linewidth=1.5,
                 capsize=3,
                 label=name,
@@ -287,8 +285,7 @@ def speedup_against_density(
             axes.plot(
                 [100 * x for x in xs],
                 ys,
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                **cycled(index),
                 label=name,
             )
         axes.set_xscale("log", base=2)
@@ -316,8 +313,7 @@ def scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path:
             axes.plot(
                 lengths,
                 times,
-                color=COLOURS[index // 2 % len(COLOURS)],
-                marker=MARKERS[index // 2 % len(MARKERS)],
+                **cycled(index // 2),
                 linestyle="--" if name.startswith("dense") else "-",
                 label=name,
             )
@@ -354,8 +350,7 @@ def roofline(
         for index, (name, group) in enumerate(points.items()):
             axes.scatter(
                 *zip(*group, strict=True),
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
+                **cycled(index),
                 label=name,
                 zorder=3,
             )
@@ -366,6 +361,11 @@ def roofline(
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8.5)
         save(figure, path)
+
+
+def cycled(index: int) -> dict[str, str]:
+    """Colour and marker of a curve; where they run out they come again."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _colour(names: Sequence[str], name: str) -> str:

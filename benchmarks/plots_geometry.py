@@ -11,7 +11,7 @@ from matplotlib.collections import LineCollection
 
 import entropy_attn as ea
 from entropy_attn.benchmarks.orders import k_means, main_orders
-from entropy_attn.benchmarks.plots import COLOURS, MARKERS, STYLE, save
+from entropy_attn.benchmarks.plots import STYLE, cycled, save
 
 
 def time_against_entropy(
@@ -28,10 +28,9 @@ def time_against_entropy(
                 panel.plot(
                     *zip(*curve, strict=True),
                     linestyle="",
-                    marker=MARKERS[index % len(MARKERS)],
                     markersize=4.5,
                     alpha=0.8,
-                    color=COLOURS[index % len(COLOURS)],
+                    **cycled(index),
                     label=points,
                 )
             panel.set_yscale("log", base=2)

@@ -139,16 +139,22 @@ def _selection(store: Store) -> str:
     return per_machine(store, "select", table, kind="select")
 
 
+def _crossed(
+    records: list[Record], row: str, column: str, value: str
+) -> tuple[list[str], list[list[str]]]:
+    """The columns, and the rows of a table: a value of the results by two of the configuration."""
+    table: dict[str, dict[str, str]] = {}
+    for r in records:
+        cells = table.setdefault(str(r.config[row]), {})
+        cells[r.config[column]] = f"{r.result[value]:.3f}"
+    names = list(dict.fromkeys(name for cells in table.values() for name in cells))
+    rows = [[title, *(cells.get(name, "–") for name in names)] for title, cells in table.items()]
+    return names, rows
+
+
 def _reordering(store: Store) -> str:
     def table(records: list[Record]) -> str:
-        by_length: dict[int, dict[str, str]] = {}
-        for r in records:
-            steps = by_length.setdefault(r.config["length"], {})
-            steps[r.config["step"]] = f"{r.result['median_ms']:.3f}"
-        names = list(dict.fromkeys(name for steps in by_length.values() for name in steps))
-        rows = [
-            [str(n), *(steps.get(name, "–") for name in names)] for n, steps in by_length.items()
-        ]
+        names, rows = _crossed(records, "length", "step", "median_ms")
         config = records[0].config
         setup = (
             f"ms; D={config['head_dim']}, B={config['batch']}, H={config['heads']}, "
@@ -162,15 +168,7 @@ def _reordering(store: Store) -> str:
 
 def _reordering_density(store: Store) -> str:
     def table(records: list[Record]) -> str:
-        by_tokens: dict[str, dict[str, str]] = {}
-        for r in records:
-            orders = by_tokens.setdefault(r.config["tokens"], {})
-            orders[r.config["order"]] = f"{r.result['density']:.3f}"
-        names = list(dict.fromkeys(name for orders in by_tokens.values() for name in orders))
-        rows = [
-            [title, *(orders.get(name, "–") for name in names)]
-            for title, orders in by_tokens.items()
-        ]
+        names, rows = _crossed(records, "tokens", "order", "density")
         config = records[0].config
         setup = (
             f"Share of the blocks of {config['block']} that holds {config['share']:.0%} of the "

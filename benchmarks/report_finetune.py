@@ -10,6 +10,8 @@ from typing import Any
 
 from entropy_attn.benchmarks.statistics import mean_interval, with_interval
 from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.suites.finetune import NAME as SUITE
+from entropy_attn.benchmarks.suites.finetune import ORACLE, PLAIN, PREDICTED, TOP_K, VERSION
 from entropy_attn.benchmarks.tables import (
     by_machine,
     full_records,
@@ -18,11 +20,9 @@ from entropy_attn.benchmarks.tables import (
     slug,
 )
 
-SUITE, VERSION = "finetune", 2
-PLAIN = "plain"
 # Perplexity over that of plain fine-tuning with dense attention, at which densities are compared.
 LEVELS = (0.05, 0.1, 0.2, 0.4)
-FAMILIES = ("predicted", "oracle", "top-k")
+FAMILIES = (PREDICTED, ORACLE, TOP_K)
 Runs = dict[str, dict[int, dict[str, Any]]]  # by method, then by seed
 
 
@@ -106,7 +106,7 @@ def _densities(runs: Runs, method: str, level: float) -> list[float]:
         reference = runs.get(plain_of(method), {})
         plain = reference.get(seed) or reference.get(0)
         if plain is not None:
-            density = density_at(frontier(result, "predicted"), plain["perplexity"] + level)
+            density = density_at(frontier(result, PREDICTED), plain["perplexity"] + level)
             found += [] if density is None else [density]
     return found
 
@@ -156,7 +156,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
 def curves(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
     """(density, perplexity) by method, means over the seeds, blocks chosen by the predictor."""
     return {
-        method: _mean_curve([frontier(r, "predicted") for r in by_seed.values()])
+        method: _mean_curve([frontier(r, PREDICTED) for r in by_seed.values()])
         for method, by_seed in runs_of(records).items()
     }
 

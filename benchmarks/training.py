@@ -157,9 +157,9 @@ def runs_to_do(
 
     Processes that share the runs of a suite may share a result store too.
     """
-    store = Store(context.out)
+    done = _done(Store(context.out), suite)
     mine = list(islice(runs, context.share.index, None, context.share.count))
-    left = [(run, config) for run, config in mine if not is_done(store, suite, config)]
+    left = [(run, config) for run, config in mine if config not in done]
     if len(left) < len(mine):
         context.progress(f"{len(mine) - len(left)} of {len(mine)} runs are in the store")
     return left
@@ -167,11 +167,14 @@ def runs_to_do(
 
 def is_done(store: Store, suite: str, config: Mapping[str, Any]) -> bool:
     """Whether the store has this measurement from a machine like this one, with status ok."""
+    return dict(config) in _done(store, suite)
+
+
+def _done(store: Store, suite: str) -> list[dict[str, Any]]:
+    """The configs of all such measurements."""
     machine = Record(suite, {}, {}).machine
-    return any(
-        record.config == config and record.machine == machine and record.result["status"] == "ok"
-        for record in store.load(suite, **config)
-    )
+    found = (r for r in store.load(suite) if r.machine == machine)
+    return [r.config for r in found if r.result["status"] == "ok"]
 
 
 def checkpoint_of(context: Context, suite: str, config: Mapping[str, Any]) -> Path:

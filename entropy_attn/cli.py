@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,15 +90,14 @@ def bench(
     if part != Share() and not all(SUITES[name].trains for name in names):
         able = ", ".join(each.name for each in SUITES.values() if each.trains)
         raise typer.BadParameter(f"--share is for the suites {able}; others measure speed")
-    before = {name: store.load(name) for name in names}
-    if against is not None:
-        _chosen([r for records in before.values() for r in records], against)  # it is there
+    before = [r for name in names for r in store.load(name)] if against is not None else []
+    old = [] if against is None else _chosen(before, against)
     failures = sum(_run_suite(name, quick, store, part) for name in names)
     console.print(f"records: {store.directory}")
     if against is not None:
-        old = [r for records in before.values() for r in records]
-        new = [r for name in names for r in store.load(name)[len(before[name]) :]]
-        failures += _show_changes(_chosen(old, against), new)
+        known = Counter(r.suite for r in before)
+        new = [r for name in names for r in store.load(name)[known[name] :]]
+        failures += _show_changes(old, new)
     if failures:
         console.print(f"[red]{failures} measurements of this package are wrong or failed[/]")
         raise typer.Exit(1)

@@ -27,16 +27,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
     """Shapes, dtypes and devices of (B, Hq, Nq, D) and (B, Hkv, Nk, D)."""
     named = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got shape "
-                f"{tuple(tensor.shape)}; use unsqueeze for a missing batch or head dimension"
-            )
-        if tensor.dtype not in ATTENTION_DTYPES:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in ATTENTION_DTYPES)
-            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed are {allowed}")
+        check_tokens(name, tensor)
         if tensor.dtype != query.dtype:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype} but query has {query.dtype}; "

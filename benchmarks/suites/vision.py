@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -289,7 +289,7 @@ def run(context: Context) -> Iterator[Row]:
     plan = Plan.of(context.form)
     if context.form == "small" and find_spec("kornia") is None:
         context.progress("kornia is not installed: no corruptions")
-        plan = Plan(**{**vars(plan), "corruptions": ()})
+        plan = replace(plan, corruptions=())
     make = makers(plan, context.device)
     if context.form == "small":
         make = {"scenes": make["scenes"]}
