@@ -148,8 +148,8 @@ def _cards(store: Store) -> list[Card]:
 
 
 def _sections(store: Store) -> list[Section]:
-    return [_paper(store), _speed(store), _lengths(store), _quality(store), _finetune(store),
-            _vision(store), _entropy(store)]  # fmt: skip
+    return [_paper(store), _speed(store), _lengths(store), _models(store), _quality(store),
+            _finetune(store), _vision(store), _entropy(store)]  # fmt: skip
 
 
 def _paper(store: Store) -> Section:
@@ -212,6 +212,17 @@ def _lengths(store: Store) -> Section:
         )
         section.figures.append(Figure(svg_of(draw), caption))
     section.tables += _table(store, "crossover", "All lengths")
+    return section
+
+
+def _models(store: Store) -> Section:
+    section = Section(
+        "Whole models",
+        "End to end, selection included. The row without attention is the limit of any attention.",
+        "entropy-attn bench vit; entropy-attn bench llm",
+    )
+    section.tables += _table(store, "vit", "ViT-B/16")
+    section.tables += _table(store, "llm", "Prefill of language models")
     return section
 
 

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_attn.benchmarks import report_finetune, report_geometry, report_vision
+from entropy_attn.benchmarks import (
+    report_finetune,
+    report_geometry,
+    report_models,
+    report_vision,
+)
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
@@ -295,6 +300,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "soft-entropy": _soft_entropy,
     "quality": _quality,
     "quality-at-a-quarter": _quality_at_a_quarter,
+    **report_models.TABLES,
     **report_finetune.TABLES,
     **report_vision.TABLES,
     **report_geometry.TABLES,
