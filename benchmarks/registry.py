@@ -119,6 +119,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("attention", "speed of the kernels, forward and backward, against all baselines"),
         Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
+        Suite("decode", "one token a sequence against a long cache, lists and pages"),
         Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
         Suite("vit", "ViT-B/16 end to end, 224 to 1024 pixels, by attention"),

@@ -269,6 +269,25 @@ def _training(store: Store) -> str:
     return per_machine(store, "train", table)
 
 
+def _decode(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = [
+            [
+                f"{r.config['batch']} x {r.config['length'] // 1024}k, {r.config['heads']}/"
+                f"{r.config['kv_heads']} heads, density {r.config['density']:g}"
+                + (f", {r.config['queries']} queries" if r.config["queries"] > 1 else ""),
+                r.config["contestant"],
+                f"{r.result['median_ms']:.3f}",
+                f"{r.result['bandwidth']:.0%}",
+            ]
+            for r in records
+            if "bandwidth" in r.result
+        ]
+        return markdown(["case", "by", "ms", "bandwidth"], rows)
+
+    return per_machine(store, "decode", table)
+
+
 def _soft_entropy(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = [
@@ -297,6 +316,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "reordering-density": _reordering_density,
     "crossover": _crossover,
     "training": _training,
+    "decode": _decode,
     "soft-entropy": _soft_entropy,
     "quality": _quality,
     "quality-at-a-quarter": _quality_at_a_quarter,
