@@ -91,7 +91,7 @@ def _send_item(problem, memory, turn, query_desc, tile, last, full):
 
 @gluon.jit
 def _producer(
-    problem, memory, query_desc, key_desc, value_desc, items_ptr, items, counter_ptr
+    problem, memory, query_desc, key_desc, value_desc, items_ptr, items
 ):  # fmt: skip
     SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K  # blocks a step
     item = gl.program_id(0)
@@ -104,7 +104,10 @@ def _producer(
         _send_item(problem, memory, turn, query_desc, tile, last, full)
         turn += 1
         # The next item is claimed one item ahead, to have the answer in time.
-        item = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        claimed = gl.atomic_add(items_ptr + items * 4, 1)
+        # Each program's first item needs no claim, and each claims once in vain: this was the last.
+        gl.store(items_ptr + items * 4, 0, mask=claimed == items - 1)
+        item = claimed + gl.num_programs(0)
         next_tile = gl.load(items_ptr + item * 4, mask=item < items, other=0)
         next_last = gl.load(items_ptr + item * 4 + 1, mask=item < items, other=0)
         next_full = gl.load(items_ptr + item * 4 + 2, mask=item < items, other=0)
@@ -157,9 +160,7 @@ def _query(problem, memory, turn, WARPGROUP: gl.constexpr):
     """(64, D) queries as operand of the products, in shared memory or in registers."""
     query = memory.queries.tile(turn, WARPGROUP)
     if problem.QUERY_REGISTERS:
-        layout: gl.constexpr = gl.NVMMADistributedLayout(
-            [3, 0], [4, 1], [16, problem.BLOCK_N, 16]
-        )
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.BLOCK_N, 16])
         query = query.load(gl.DotOperandLayout(0, layout, 2))
     return query
 
@@ -176,14 +177,24 @@ def _scores(problem, memory, query, use):
 
 
 @gluon.jit
-def _visible(scores, problem, address, last, group, limits):
+def _starts(problem, address, last, group, WANTED: gl.constexpr):
+    """First keys of a step's lower and upper block, the same one if the step is a block."""
+    low = 0
+    high = 0
+    if WANTED:
+        SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
+        low = problem.start(address, last, group * SLOTS)
+        high = problem.start(address, last, group * SLOTS + SLOTS - 1)
+    return low, high
+
+
+@gluon.jit
+def _visible(scores, problem, low, high, limits):
     """(64, N) scores of a step, -inf for the keys from each row's limit on."""
-    SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
     lane = gl.arange(0, problem.BLOCK_N, gl.SliceLayout(0, scores.type.layout))
-    keys = problem.start(address, last, group * SLOTS) + lane  # (N,)
-    if SLOTS == 2:
-        high = problem.start(address, last, group * SLOTS + 1) + lane - problem.BLOCK_K
-        keys = gl.where(lane < problem.BLOCK_K, keys, high)
+    keys = low + lane  # (N,)
+    if problem.BLOCK_N > problem.BLOCK_K:
+        keys = gl.where(lane < problem.BLOCK_K, keys, high + lane - problem.BLOCK_K)
     return gl.where(keys[None, :] < limits[:, None], scores, float("-inf"))
 
 
@@ -230,9 +241,10 @@ def _step(
     WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One step after the first: fold its scores into the softmax and the last step's p into acc."""
+    low, high = _starts(problem, address, last, group, MASKED)  # on their way meanwhile
     scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
     if MASKED:
-        scores = _visible(scores, problem, address, last, group, limits)
+        scores = _visible(scores, problem, low, high, limits)
     p, p_mass, maximum, alpha = _softmax(scores, maximum, problem.scale_log2, False)
     mass = mass * gl.convert_layout(alpha, gl.SliceLayout(1, mass.type.layout))[:, None] + p_mass
     if problem.PIN:
@@ -275,11 +287,15 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
     BLOCK_D: gl.constexpr = memory.values.tiles.shape[2]
     DTYPE: gl.constexpr = memory.values.tiles.dtype
     SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
+    # Of the first step, which may have a gap.
+    FIRST_MASKED: gl.constexpr = problem.MASKED or SLOTS > 1
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     if problem.PING_PONG and WARPGROUP == 1:
         pass_turn(1)  # the first turn is the other's
 
     tile, last, full = _receive_item(memory, 0)
+    address = problem.address(tile)
+    low, high = _starts(problem, address, last, problem.steps(last) - 1, FIRST_MASKED)
     query = _query(problem, memory, 0, WARPGROUP)
     scores = warpgroup_mma_wait(0, deps=(_scores(problem, memory, query, 0),))
     memory.keys.release(0)
@@ -288,7 +304,6 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
     turn = 0  # items done
     use = 1  # steps whose Q K^T was started
     while tile >= 0:
-        address = problem.address(tile)
         # A step takes the slots group * SLOTS + (0 .. SLOTS - 1) of the list.
         group = problem.steps(last) - 1
         full_groups = full // SLOTS
@@ -298,8 +313,8 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
             positions = row + WARPGROUP * ROWS + lane + problem.kv_len - problem.q_len
             limits = gl.minimum(limits, positions + 1)
 
-        if problem.MASKED or SLOTS > 1:
-            scores = _visible(scores, problem, address, last, group, limits)
+        if FIRST_MASKED:
+            scores = _visible(scores, problem, low, high, limits)
         no_score = gl.full([ROWS], NO_SCORE, gl.float32, row_layout)
         p, mass, maximum, _ = _softmax(scores, no_score, problem.scale_log2, True)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
@@ -324,6 +339,9 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
 
         turn += 1
         next_tile, next_last, full = _receive_item(memory, turn)
+        address = problem.address(next_tile)
+        group = problem.steps(next_last) - 1
+        low, high = _starts(problem, address, next_last, group, FIRST_MASKED)
         query = _query(problem, memory, turn, WARPGROUP)
         scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -337,7 +355,7 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
 
 @gluon.jit(do_not_specialize=(*LENGTHS, "items", "heads", "group"))
 def _forward_kernel(
-    query_desc, key_desc, value_desc, out_desc, lse_ptr, indices_ptr, items_ptr, counter_ptr,
+    query_desc, key_desc, value_desc, out_desc, lse_ptr, indices_ptr, items_ptr,
     index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, items, scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -353,9 +371,7 @@ def _forward_kernel(
         PING_PONG, QUERY_REGISTERS, PIN,
     )  # fmt: skip
     dtype: gl.constexpr = out_desc.dtype
-    out_boxes = gl.allocate_shared_memory(
-        dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout
-    )
+    out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     memory = Memory(
         ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS),
@@ -370,7 +386,7 @@ def _forward_kernel(
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     produce = (
-        problem, memory, query_desc, key_desc, value_desc, items_ptr, items, counter_ptr
+        problem, memory, query_desc, key_desc, value_desc, items_ptr, items
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(
@@ -490,7 +506,7 @@ def hopper_forward(
     Returns:
         out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, as `block_sparse_forward`.
     """
-    batch, heads, q_len, head_dim = query.shape
+    heads, q_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -508,8 +524,7 @@ def hopper_forward(
         order = work_order(
             query, key, counts, indices, block_size, block_m, is_causal, l2_bytes
         )  # fmt: skip
-    items = order.shape[0]
-    counter = torch.zeros(1, dtype=torch.int32, device=query.device)
+    items = order.shape[0] - 1
     # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
     box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
     # Registers in units of 8 a thread; a multiprocessor has 512 times 128 of them.
@@ -517,7 +532,7 @@ def hopper_forward(
     with device_of(query):
         _forward_kernel[(min(items, multiprocessors * config.programs),)](
             _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),
-            _descriptor(out, 64, block_d), lse, indices, order, counter,
+            _descriptor(out, 64, block_d), lse, order if indices is None else indices, order,
             *list_strides(counts, indices)[3:],
             heads, heads // kv_heads, q_len, kv_len, triton.cdiv(q_len, block_m), items,
             exponent_scale(scale),

@@ -115,6 +115,8 @@ def _order_kernel(
     tl.store(rows, batch_head * q_tiles + tiles, mask=valid)
     tl.store(rows + 1, last, mask=valid)
     tl.store(rows + 2, full, mask=valid)
+    if (batch_head == 0) & (tl.program_id(0) == 0):
+        tl.store(items_ptr + total_heads * q_tiles * ITEM_FIELDS, 0)  # nothing is claimed yet
 
 
 def heads_together(
@@ -144,16 +146,19 @@ def work_order(
     """The work items in the order in which they are to be claimed.
 
     It depends on the lists, the shapes and is_causal alone, never on the values of query and key:
-    a caller with the same mask in every layer may keep it as long as the lists are unchanged.
+    a caller with the same mask in every layer may keep it as long as the lists are unchanged. But
+    two launches that may overlap, on different streams, must not share one: it holds the counter.
 
     Returns:
-        (B * Hq * tiles, 4) int32: the tile's number, ((b * Hq + h) * tiles + t); how many entries
-        of its list are visited; how many of these, the first ones, need no mask; unused.
+        (B * Hq * tiles + 1, 4) int32: the tile's number, ((b * Hq + h) * tiles + t); how many
+        entries of its list are visited; how many of these, the first ones, need no mask; unused.
+        The last row begins with the counter that programs claim items from. It is 0, and 0 again
+        after a launch.
     """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     tiles = triton.cdiv(q_len, block_m)
-    items = torch.empty((batch * heads * tiles, 4), dtype=torch.int32, device=query.device)
+    items = torch.empty((batch * heads * tiles + 1, 4), dtype=torch.int32, device=query.device)
     together = heads_together(
         batch * heads, heads // kv_heads, kv_len, head_dim, key.element_size(), l2_bytes
     )
@@ -164,6 +169,6 @@ def work_order(
             heads, batch * heads, together, q_len, kv_len, tiles,
             BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
             IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
-            TILES=tiles_a_program, CHUNK=128, num_warps=4,
+            TILES=tiles_a_program, CHUNK=64, num_warps=4,
         )  # fmt: skip
     return items

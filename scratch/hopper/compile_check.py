@@ -29,7 +29,7 @@ knobs.nvidia.dump_ptxas_log = True
 knobs.compilation.always_compile = True
 driver.set_active(NamedTarget("sm90"))
 
-from entropy_attn.kernels.hopper import forward, order  # noqa: E402
+from entropy_attn.kernels.hopper import forward  # noqa: E402
 from entropy_attn.masks import BlockMask  # noqa: E402
 
 forward._device_limits = lambda index: (132, 50 << 20)
@@ -60,6 +60,7 @@ CASES = {
     "128 64x64 causal": (128, (64, 64), torch.bfloat16, True, 1000, {}),
     "64 64x64 causal": (64, (64, 64), torch.bfloat16, True, 1000, {}),
     "128 128x128 fp16 cut": (128, (128, 128), torch.float16, False, 1000, {}),
+    "128 128x128 dense": (128, (128, 128), torch.bfloat16, True, 1000, dict(lists=False)),
     "128 qreg pin": (
         128, (128, 128), torch.bfloat16, False, 1024,
         dict(ping_pong=False, query_registers=True, pin=True),
@@ -99,11 +100,11 @@ def main() -> None:
         query = torch.zeros(1, 4, 1000, dim, dtype=dtype)
         key = torch.zeros(1, 2, kv_len, dim, dtype=dtype)
         mask = BlockMask.full(1, 4, 1000, kv_len, block)
+        changes = dict(changes)
+        lists = (mask.kv_num_blocks, mask.kv_indices) if changes.pop("lists", True) else (None,) * 2
         config = replace(forward.hopper_config(dim, block), **changes)
         start = time.time()
-        forward.hopper_forward(
-            query, key, key, mask.kv_num_blocks, mask.kv_indices, block, causal, dim**-0.5, config
-        )
+        forward.hopper_forward(query, key, key, *lists, block, causal, dim**-0.5, config)
         for compiled, log in found:
             registers = re.search(r"Used (\d+) registers", log)
             spills = re.search(r"(\d+) bytes spill stores", log)
