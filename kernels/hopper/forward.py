@@ -528,7 +528,7 @@ def hopper_forward(
     # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
     box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
     # Registers in units of 8 a thread; a multiprocessor has 512 times 128 of them.
-    registers = (240, 24) if config.warpgroups == 2 else (232, 24)
+    registers = (240, 24) if config.warpgroups == 2 else (216, 40)
     with device_of(query):
         _forward_kernel[(min(items, multiprocessors * config.programs),)](
             _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),

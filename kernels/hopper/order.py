@@ -122,13 +122,16 @@ def _order_kernel(
 def heads_together(
     total_heads: int, group: int, kv_len: int, head_dim: int, itemsize: int, l2_bytes: int
 ) -> int:
-    """How many consecutive query heads to open at once: their keys and values fill half of L2.
+    """How many consecutive query heads to open at once: their keys and values fill a part of L2.
+
+    A quarter: L2 is in two halves that each keep what their multiprocessors read, and queries,
+    results and the next group pass through it as well.
 
     Args:
         group: query heads that share a head of keys.
     """
     kv_bytes = 2 * kv_len * head_dim * itemsize
-    most = max(1, l2_bytes // 2 // kv_bytes) * group
+    most = max(1, l2_bytes // 4 // kv_bytes) * group
     groups = -(-total_heads // most)
     return -(-total_heads // groups)
 
