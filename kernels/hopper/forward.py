@@ -268,7 +268,7 @@ def _store(
     maximum = gl.convert_layout(maximum, layout)
     is_alive = (mass > 0.0) & (last > 0)
     safe_mass = gl.where(is_alive, mass, 1.0)
-    acc = acc * gl.where(is_alive, 1.0 / safe_mass, 0.0)[:, None]  # (64, D)
+    acc = gl.where(is_alive[:, None], acc * (1.0 / safe_mass)[:, None], 0.0)  # (64, D)
     tma.store_wait(0)  # the item before has left shared memory
     out_tile = memory.out_tiles.index(WARPGROUP)
     out_tile.store(acc.to(out_tile.dtype))
@@ -540,7 +540,8 @@ def hopper_forward(
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
             WARPGROUPS=config.warpgroups, STAGES=config.stages,
             IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
-            PING_PONG=config.ping_pong, QUERY_REGISTERS=config.query_registers, PIN=config.pin,
+            PING_PONG=config.ping_pong and config.warpgroups == 2,
+            QUERY_REGISTERS=config.query_registers, PIN=config.pin,
             CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
             num_warps=4, maxnreg=128 if config.programs == 2 else None,
         )  # fmt: skip

@@ -66,7 +66,7 @@ def time_cases(variants):
 
     names = ["default"]
     if variants:
-        names += ["plain", "pp", "pp+qreg", "pp+pin", "pin", "qreg+pin", "pp+qreg+pin"]
+        names += MODES
     add(128, (128, 128), 0.25, names=names)
     add(64, (128, 128), 0.25, names=names)
     add(128, (128, 128), 0.5)
@@ -77,7 +77,7 @@ def time_cases(variants):
     add(64, (128, 128), 0.5)
     add(64, (128, 128), 0.1)
     add(128, (64, 64), 0.25)
-    add(64, (64, 64), 0.25)
+    add(64, (64, 64), 0.25, names=["default", *PAIRS] if variants else ["default"])
     add(64, (128, 64), 0.25)
     add(128, (128, 128), 0.25, length=2048)
     add(128, (128, 128), 0.25, length=4096, irregular=True, batch=1)
@@ -88,6 +88,10 @@ def time_cases(variants):
     return cases
 
 
+MODES = ["plain", "pp", "pp+qreg", "pp+pin", "pin", "qreg+pin", "pp+qreg+pin"]
+PAIRS = ["n128", "n128+qreg+pin"]
+
+
 def compile_cases(variants):
     """What the timings need compiled, so that no compilation counts as silence."""
     cases = []
@@ -95,20 +99,24 @@ def compile_cases(variants):
         tag = f"D={dim} {block[0]}x{block[1]}"
         names = [["portable", "portable causal"]]
         if variants and block == (128, 128):
-            names += [list(VARIANTS)[:4], list(VARIANTS)[4:]]
+            names += [MODES[:4], MODES[4:]]
+        if variants and (dim, block) == (64, (64, 64)):
+            names += [PAIRS]
         cases += [dict(kind="compile", tag=tag, note="compile " + " ".join(n), dim=dim, block=block,
                        names=n) for n in names]  # fmt: skip
     return cases
 
 
-VARIANTS = {  # ping_pong, query_registers, pin
-    "plain": (False, False, False),
-    "pp": (True, False, False),
-    "pp+qreg": (True, True, False),
-    "pp+pin": (True, False, True),
-    "pin": (False, False, True),
-    "qreg+pin": (False, True, True),
-    "pp+qreg+pin": (True, True, True),
+VARIANTS = {  # changes to the default
+    "plain": dict(ping_pong=False, query_registers=False, pin=False),
+    "pp": dict(ping_pong=True, query_registers=False, pin=False),
+    "pp+qreg": dict(ping_pong=True, query_registers=True, pin=False),
+    "pp+pin": dict(ping_pong=True, query_registers=False, pin=True),
+    "pin": dict(ping_pong=False, query_registers=False, pin=True),
+    "qreg+pin": dict(ping_pong=False, query_registers=True, pin=True),
+    "pp+qreg+pin": dict(ping_pong=True, query_registers=True, pin=True),
+    "n128": dict(block_n=128, stages=2),
+    "n128+qreg+pin": dict(block_n=128, stages=2, query_registers=True, pin=True),
 }
 
 
@@ -231,8 +239,7 @@ def measure(case):
     for name in case["names"]:
         config = default
         if name != "default":
-            modes = VARIANTS[name]
-            config = replace(default, ping_pong=modes[0], query_registers=modes[1], pin=modes[2])
+            config = replace(default, **VARIANTS[name])
         functions[name] = lambda config=config: hopper(config)
     if case["names"] == ["default"]:
         functions["order kept"] = lambda: hopper(default, items)
@@ -279,9 +286,7 @@ def compile_ahead(case):
         if name.startswith("portable"):
             block_sparse_forward(*given, None, None, block, "causal" in name, 0, 0.1, False, False)
         else:
-            modes = VARIANTS[name]
-            config = replace(forward.hopper_config(dim, block), ping_pong=modes[0],
-                             query_registers=modes[1], pin=modes[2])  # fmt: skip
+            config = replace(forward.hopper_config(dim, block), **VARIANTS[name])
             forward.hopper_forward(*given, block, False, 0.1, config)
         torch.cuda.synchronize()
     return dict(ok=True)

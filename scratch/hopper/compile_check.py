@@ -61,6 +61,12 @@ CASES = {
     "64 64x64 causal": (64, (64, 64), torch.bfloat16, True, 1000, {}),
     "128 128x128 fp16 cut": (128, (128, 128), torch.float16, False, 1000, {}),
     "128 128x128 dense": (128, (128, 128), torch.bfloat16, True, 1000, dict(lists=False)),
+    "64 64x64 n128": (64, (64, 64), torch.bfloat16, False, 1024, dict(block_n=128, stages=2)),
+    "64 64x64 n128 qreg pin": (
+        64, (64, 64), torch.bfloat16, False, 1024,
+        dict(block_n=128, stages=2, query_registers=True, pin=True),
+    ),
+    "64 256x128": (64, (256, 128), torch.bfloat16, True, 1024, {}),
     "128 qreg pin": (
         128, (128, 128), torch.bfloat16, False, 1024,
         dict(ping_pong=False, query_registers=True, pin=True),
