@@ -406,6 +406,11 @@ def _forward_kernel(
         )
 
 
+# Of a thread: at launch (None is all there are), in a warpgroup and in the producer, which takes a
+# warpgroup's share for its one warp; by programs a multiprocessor, which has 512 times 128 of them.
+REGISTERS = {1: (None, 240, 24), 2: (128, 216, 40), 3: (80, 128, 32)}
+
+
 @dataclass(frozen=True)
 class HopperConfig:
     """How the kernel is built.
@@ -414,7 +419,7 @@ class HopperConfig:
         block_n: keys a step, one block or two.
         warpgroups: of 64 queries each; they share a block of queries.
         stages: slots of the rings of keys and of values.
-        programs: a multiprocessor.
+        programs: a multiprocessor; more than one only with one warpgroup each.
         ping_pong: the warpgroups take turns at the tensor cores.
         query_registers: queries are operands from registers instead of shared memory.
         pin: keep ptxas from waiting for P V before the exponentials.
@@ -527,8 +532,7 @@ def hopper_forward(
     items = order.shape[0] - 1
     # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
     box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
-    # Registers in units of 8 a thread; a multiprocessor has 512 times 128 of them.
-    registers = (240, 24) if config.warpgroups == 2 else (216, 40)
+    launch_registers, *registers = REGISTERS[config.programs]
     with device_of(query):
         _forward_kernel[(min(items, multiprocessors * config.programs),)](
             _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),
@@ -543,6 +547,6 @@ def hopper_forward(
             PING_PONG=config.ping_pong and config.warpgroups == 2,
             QUERY_REGISTERS=config.query_registers, PIN=config.pin,
             CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
-            num_warps=4, maxnreg=128 if config.programs == 2 else None,
+            num_warps=4, maxnreg=launch_registers,
         )  # fmt: skip
     return out, lse

@@ -89,7 +89,7 @@ def time_cases(variants):
 
 
 MODES = ["plain", "pp", "pp+qreg", "pp+pin", "pin", "qreg+pin", "pp+qreg+pin"]
-PAIRS = ["n128", "n128+qreg+pin"]
+PAIRS = ["n128", "n128+qreg+pin", "3 programs"]
 
 
 def compile_cases(variants):
@@ -115,6 +115,7 @@ VARIANTS = {  # changes to the default
     "pin": dict(ping_pong=False, query_registers=False, pin=True),
     "qreg+pin": dict(ping_pong=False, query_registers=True, pin=True),
     "pp+qreg+pin": dict(ping_pong=True, query_registers=True, pin=True),
+    "3 programs": dict(programs=3, stages=2),
     "n128": dict(block_n=128, stages=2),
     "n128+qreg+pin": dict(block_n=128, stages=2, query_registers=True, pin=True),
 }

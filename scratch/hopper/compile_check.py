@@ -66,6 +66,8 @@ CASES = {
         64, (64, 64), torch.bfloat16, False, 1024,
         dict(block_n=128, stages=2, query_registers=True, pin=True),
     ),
+    "64 64x64 three": (64, (64, 64), torch.bfloat16, False, 1024, dict(programs=3, stages=2)),
+    "64 64x64 three causal": (64, (64, 64), torch.bfloat16, True, 1000, dict(programs=3, stages=2)),
     "64 256x128": (64, (256, 128), torch.bfloat16, True, 1024, {}),
     "128 qreg pin": (
         128, (128, 128), torch.bfloat16, False, 1024,
