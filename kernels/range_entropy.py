@@ -29,8 +29,13 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    inverse_of,
+    load_centre,
     load_norms,
     load_terms,
+    load_tile,
+    log2_of,
+    point_terms,
     problem_of,
     products,
     step_of,
@@ -42,33 +47,40 @@ def _normaliser_kernel(
     points, terms, norms, centre, unit, alpha, lse_ptr, peak_ptr,
     point_strides, problem_strides, inner, n, k_padded, tiles,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, STORE_PEAK: tl.constexpr,
+    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
+    STORE_PEAK: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the scores of a tile of points, over any number of anchors."""
     program = tl.program_id(0)
     batch = program // tiles
-    rows = (program % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    start = (program % tiles) * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)  # (M,)
     points, terms, norms, centre, factor, scale = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
-        k_padded, DIM, PADDED, TERMS,
+        k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, k_padded, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
-        product, units, _ = products(
-            points, point_strides, centre, terms, first, rows, columns, n, k_padded,
-            DIM, PADDED, BLOCK_D, TERMS, CENTRED,
+    x = load_tile(
+        points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM, COPY_ENGINE
+    )
+    x_terms = point_terms(x, load_centre(centre, dims, DIM), terms.dtype.element_ty, CENTRED)
+    for column in range(0, k_padded, BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
+        first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
+        product, units = products(
+            x_terms, points, point_strides, centre, terms, first, start, lane, columns, n,
+            k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
         norm = load_norms(norms, columns, factor)
         scores = product * (scale * units)[:, None] - norm[None, :]
         exponents, maximum, shift = online_softmax(scores, 1.0, maximum)
         total = total * tl.exp2(shift) + tl.sum(tl.exp2(exponents), 1)
-    where = batch.to(tl.int64) * n + rows
-    tl.store(lse_ptr + where, maximum + tl.log2(total), mask=rows < n)
+    where = batch.to(tl.int64) * n + start + lane
+    tl.store(lse_ptr + where, maximum + tl.log2(total), mask=start + lane < n)
     if STORE_PEAK:
-        tl.store(peak_ptr + where, 1.0 / total, mask=rows < n)
+        tl.store(peak_ptr + where, 1.0 / total, mask=start + lane < n)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -76,8 +88,9 @@ def _mass_kernel(
     points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr,
     point_strides, problem_strides, weight_strides, inner, n, k_padded, tiles, share, splits,
     chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, STORE_PEAK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
+    STORE_PEAK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of p over a run of tiles of points, for one chunk of anchors."""
     program = tl.program_id(0)
@@ -86,37 +99,45 @@ def _mass_kernel(
     batch = program // splits // chunks
     points, terms, norms, centre, factor, scale = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
-        k_padded, DIM, PADDED, TERMS,
+        k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
-    first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
+    dims = tl.arange(0, BLOCK_D)
+    first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
     norm = load_norms(norms, columns, factor)
+    origin = load_centre(centre, dims, DIM)
     # Summed over its rows once, at the end: a sum over the rows of a tile crosses threads.
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lane = tl.arange(0, BLOCK_M)  # (M,)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-        product, units, _ = products(
-            points, point_strides, centre, terms, first, rows, columns, n, k_padded,
-            DIM, PADDED, BLOCK_D, TERMS, CENTRED,
+        start = tile * BLOCK_M
+        left = n - start
+        x = load_tile(
+            points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM,
+            COPY_ENGINE,
+        )  # fmt: skip
+        product, units = products(
+            point_terms(x, origin, terms.dtype.element_ty, CENTRED), points, point_strides, centre,
+            terms, first, start, lane, columns, n, k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
         scores = product * (scale * units)[:, None] - norm[None, :]
-        where = batch.to(tl.int64) * n + rows
+        where = batch.to(tl.int64) * n + start
         weight = row_weights(
-            weights, batch // inner, batch % inner, weight_strides, rows, n, HAS_WEIGHTS
+            weights, batch // inner, batch % inner, weight_strides, start + lane, n, HAS_WEIGHTS
         )
         if ONE_CHUNK:
             maximum = tl.max(scores, 1)
             p = tl.exp2(scores - maximum[:, None])  # (M, N), times total
             total = tl.sum(p, 1)
-            tl.store(lse_ptr + where, maximum + tl.log2(total), mask=rows < n)
-            inverse = 1.0 / total
+            tl.store(lse_ptr + where + lane, maximum + log2_of(total, FAST), mask=lane < left)
+            inverse = inverse_of(total, FAST)
             if STORE_PEAK:
-                tl.store(peak_ptr + where, inverse, mask=rows < n)
+                tl.store(peak_ptr + where + lane, inverse, mask=lane < left)
             if HAS_WEIGHTS:
                 inverse = tl.where(weight > 0.0, inverse, 0.0)  # it may be NaN
             weight *= inverse
         else:
-            lse = tl.load(lse_ptr + where, mask=rows < n, other=NOWHERE)
+            lse = tl.load(lse_ptr + where + lane, mask=lane < left, other=NOWHERE)
             p = tl.exp2(scores - lse[:, None])
         if HAS_WEIGHTS:
             sums += weighted_rows(p, weight)
@@ -218,7 +239,7 @@ def range_mass(
         _mass_kernel[(batch * call.chunks * splits,)](
             *call.given, weights, lse, peak, sums, *call.strides, weight_strides(weights), inner,
             n, call.k_padded, call.tiles, share, splits, call.chunks, STORE_PEAK=with_peak,
-            ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights, **call.shape,
+            ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights, FAST=config.fast, **call.shape,
         )  # fmt: skip
         cells = step_of(k)
         _entropy_kernel[(batch,)](

@@ -15,16 +15,16 @@ of a score is w_i e_ij with e_ij = p_ij (g_j - G_i), which sums to 0 over the an
     dx_i = 2 alpha w_i sum_j e_ij c'_j           dalpha = sum_ij w_i e_ij t_ij
     dc_j = 2 alpha sum_i w_i e_ij (x_i - c_j)    dw_i   = G_i
 
-each times the incoming gradient over the sum of weights. For the same reason t_ij may be taken
-less any number of the point: with lse_i / alpha, what is added up is log p_ij / alpha.
+each times the incoming gradient over the sum of weights. The sums that dc_j takes give dalpha too:
+with D_j = sum_i w_i e_ij (x_i - c_j) and F_j = sum_i w_i e_ij it is sum_j c'_j.(2 D_j + F_j c'_j).
 
 Every product is one of half-precision tiles with an fp32 accumulator, on any tensor core. Numbers
 that have more digits are sums of a few such terms, after a power of two has brought them into
 range:
 
 - fp16 and bf16 points are terms as they are: tiles go from memory to the tensor cores as they lie.
-  c' takes two terms of fp16 or three of bf16, as the rounding of an anchor is the same for all
-  points and would not average out. e is one term: its rounding does, and dx is rounded anyway.
+  c' takes two terms, as the rounding of an anchor is the same for all points and would not average
+  out. e is one term: its rounding does, and dx is rounded anyway.
 - fp32 points, relative to mu, are two terms of fp16, and so are c' and e; three products are then
   22 digits. Points have a power of two each, to depend on no neighbour.
 
@@ -43,12 +43,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import padded_head_dim, unexpanded
+from entropy_attn.kernels.launch import (
+    is_describable,
+    padded_head_dim,
+    tile_descriptor,
+    unexpanded,
+)
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     dot_terms,
     half_range_scale,
     head_base,
+    inside,
+    load_box,
     load_part,
     load_rows,
     two_terms,
@@ -98,21 +105,13 @@ def _prepare_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(relative), 1))
         scale, unit = half_range_scale(tl.max(largest, 0))
         tl.store(unit_ptr + program, unit)
-        if CENTRED:
-            tl.store(centre_ptr + program.to(tl.int64) * DIM + dims, centre, mask=dims < DIM)
+        tl.store(centre_ptr + program.to(tl.int64) * DIM + dims, centre, mask=dims < DIM)
         terms_ptr += program.to(tl.int64) * TERMS * k_padded * PADDED
         for start in range(0, k_padded, ROWS):
             rows = start + tl.arange(0, ROWS)
             anchor = load_part(base, rows, k, dims, DIM, anchor_strides[2], anchor_strides[3])
             relative = tl.where((rows < k)[:, None], anchor - centre[None, :], 0.0)
-            other = relative
-            if not CENTRED:
-                other += 2.0 * centre[None, :]
-            # b cancels against the product: all its digits count.
-            norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
-            norm = tl.where(rows < k, norm, float("inf"))
             padded = rows < k_padded
-            tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
             rest = relative * scale
             where = rows.to(tl.int64)[:, None] * PADDED + dims[None, :]
             for term in tl.static_range(TERMS):
@@ -120,6 +119,16 @@ def _prepare_kernel(
                 rest -= half.to(tl.float32)
                 out = terms_ptr + term * k_padded.to(tl.int64) * PADDED + where
                 tl.store(out, half, mask=padded[:, None])
+            # The b of the anchor that the terms add up to, so that all else is exact: distances
+            # to an anchor that is off by its last digits, not distances that are off.
+            relative -= rest * unit
+            other = relative
+            if not CENTRED:
+                other += 2.0 * centre[None, :]
+            # b cancels against the product: all its digits count.
+            norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
+            norm = tl.where(rows < k, norm, float("inf"))
+            tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
     if HAS_GRAD:
         if HAS_WEIGHTS:
             weight = tl.load(weight_sums + program)
@@ -155,10 +164,12 @@ def _surprise(mass, entropy, cells, k):
 def problem_of(
     points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
     k_padded, DIM: tl.constexpr, PADDED: tl.constexpr, TERMS: tl.constexpr,
+    COPY_ENGINE: tl.constexpr,
 ):  # fmt: skip
     """Addresses of one problem and the factors of products and of b in base 2."""
     outer, head = batch // inner, batch % inner
-    points = head_base(points, outer, head, point_strides[0], point_strides[1])
+    if not COPY_ENGINE:
+        points = head_base(points, outer, head, point_strides[0], point_strides[1])
     which = (outer * problem_strides[0] + head * problem_strides[1]).to(tl.int64)
     factor = tl.load(alpha + batch) * LOG2_E
     scale = 2.0 * factor * tl.load(unit + which)
@@ -186,54 +197,72 @@ def load_terms(terms, columns, dims, k_padded, PADDED: tl.constexpr, TERMS: tl.c
 
 
 @triton.jit
-def load_points(
-    points, point_strides, centre, rows, dims, n, HALF: tl.constexpr, DIM: tl.constexpr,
-    CENTRED: tl.constexpr,
+def load_centre(centre, dims, DIM: tl.constexpr):
+    """(dims,) of mu. Loaded before a loop, as the compiler would copy it in each step."""
+    return tl.load(centre + dims, mask=inside(dims, DIM), other=0.0)
+
+
+@triton.jit
+def load_tile(
+    points, point_strides, outer, head, start, lane, dims, n, DIM: tl.constexpr,
+    COPY_ENGINE: tl.constexpr,
 ):  # fmt: skip
+    """(M, dims) points from ``start`` on as they are, 0 past the last.
+
+    Addresses of a tile differ from those of the first by one number: it is all that a step of a
+    loop computes of them.
+    """
+    if COPY_ENGINE:
+        x = load_box(points, outer, head, start, lane.shape[0], dims.shape[0])
+    else:
+        points += start.to(tl.int64) * point_strides[2]
+        x = load_rows(points, lane, n - start, dims, DIM, point_strides[2], point_strides[3])
+    return x
+
+
+@triton.jit
+def point_terms(x, origin, HALF: tl.constexpr, CENTRED: tl.constexpr):
     """(M, dims) points as a high and a low term, and the (M,) powers of two they are over."""
-    x = load_rows(points, rows, n, dims, DIM, point_strides[2], point_strides[3])
     if CENTRED:
-        x -= tl.load(centre + dims, mask=dims < DIM, other=0.0)[None, :]
+        x -= origin[None, :]
         scale, unit = half_range_scale(tl.max(tl.abs(x), 1))
         high, low = two_terms(x * scale[:, None], HALF)
     else:
-        high, low, unit = x, x, tl.full([rows.shape[0]], 1.0, tl.float32)
+        high, low, unit = x, x, tl.full([x.shape[0]], 1.0, tl.float32)
     return high, low, unit
 
 
 @triton.jit
 def products(
-    points, point_strides, centre, terms, first_terms, rows, columns, n, k_padded,
+    first, points, point_strides, centre, terms, first_terms, start, lane, columns, n, k_padded,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TERMS: tl.constexpr,
     CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) products of points and anchors over (M,) powers of two; the points' first terms.
+    """(M, N) products of points and anchors over (M,) powers of two.
 
     Args:
-        first_terms: `load_terms` of the first dimensions; the caller may keep them.
+        first, first_terms: `point_terms` and `load_terms` of the first dimensions.
     """
-    dims = tl.arange(0, BLOCK_D)
     HALF: tl.constexpr = terms.dtype.element_ty
-    x, x_low, unit = load_points(points, point_strides, centre, rows, dims, n, HALF, DIM, CENTRED)
-    first = (x, x_low, unit)
+    x, x_low, unit = first
     high, middle, low = first_terms
-    product = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    product = tl.zeros([lane.shape[0], columns.shape[0]], tl.float32)
     product = add_products(product, x, x_low, high, middle, low, TERMS, CENTRED)
     if BLOCK_D < DIM:
         if CENTRED:
             product *= unit[:, None]
-        for start in range(BLOCK_D, DIM, BLOCK_D):
-            x, x_low, unit = load_points(
-                points, point_strides, centre, rows, start + dims, n, HALF, DIM, CENTRED
-            )
-            high, middle, low = load_terms(terms, columns, start + dims, k_padded, PADDED, TERMS)
+        for step in range(BLOCK_D, DIM, BLOCK_D):
+            dims = step + tl.arange(0, BLOCK_D)
+            x = load_tile(points, point_strides, 0, 0, start, lane, dims, n, DIM, False)
+            x, x_low, unit = point_terms(x, load_centre(centre, dims, DIM), HALF, CENTRED)
+            high, middle, low = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
             if CENTRED:
                 part = dot_terms(x, x_low, tl.trans(high), tl.trans(middle), True)
                 product += part * unit[:, None]
             else:
                 product = add_products(product, x, x_low, high, middle, low, TERMS, CENTRED)
-        unit = tl.full([rows.shape[0]], 1.0, tl.float32)
-    return product, unit, first
+        unit = tl.full([lane.shape[0]], 1.0, tl.float32)
+    return product, unit
 
 
 @triton.jit
@@ -247,12 +276,40 @@ def add_products(product, x, x_low, high, middle, low, TERMS: tl.constexpr, CENT
     return tl.dot(x, tl.trans(high), product)
 
 
+@triton.jit
+def log2_of(x, FAST: tl.constexpr):
+    """log2 of positive normal numbers, with FAST by the special function unit: off by 2^-22."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.log2(x)
+    return result
+
+
+@triton.jit
+def inverse_of(x, FAST: tl.constexpr):
+    """1 / x for normal numbers whose inverse is one, with FAST off by one unit in the last place."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / x
+    return result
+
+
 @dataclass(frozen=True)
 class RangeConfig:
     """Tile sizes: points, anchors, dimensions of a step, dimensions of a part of a gradient.
 
     Attributes:
         programs: how many share the points, the same on every GPU so that sums are the same.
+        terms: of half precision that an anchor is a sum of.
+        fast: take logarithms and inverses from NVIDIA's special function unit.
+        copy_engine: let it fetch the points where it can, and write their gradients.
+        registers: the most a thread may have, or None; fewer let more programs run side by side.
     """
 
     block_m: int
@@ -262,6 +319,10 @@ class RangeConfig:
     num_warps: int
     num_stages: int
     programs: int
+    terms: int = 2
+    fast: bool = False
+    copy_engine: bool = False
+    registers: int | None = None
 
 
 class Call:
@@ -287,22 +348,32 @@ class Call:
         self.problems = first * second
         is_centred = points.dtype == torch.float32
         half = torch.float16 if is_centred else points.dtype
-        terms, padded = 3 if half == torch.bfloat16 else 2, padded_head_dim(self.dim)
+        terms, padded = config.terms, padded_head_dim(self.dim)
         self.terms = points.new_empty((self.problems, terms, self.k_padded, padded), dtype=half)
         self.norms, self.centre, self.unit = (
             alpha.new_empty(self.problems * entries)
-            for entries in (self.k_padded, self.dim if is_centred else 0, 1)
+            for entries in (self.k_padded, self.dim, 1)
         )
         self.alpha = alpha.contiguous()
+        # A box holds all dimensions of its points, as one step of a program does.
+        self.copies = (
+            config.copy_engine
+            and padded <= config.block_d
+            and config.block_out in (0, config.block_d)
+            and is_describable(points)
+        )
+        given = tile_descriptor(points, config.block_m) if self.copies else points
         # What kernels take first, and strides; those of problems count problems.
-        self.given = (points, self.terms, self.norms, self.centre, self.unit, self.alpha)
+        self.given = (given, self.terms, self.norms, self.centre, self.unit, self.alpha)
         self.problem_strides = (second if first > 1 else 0, 1 if second > 1 else 0)
         self.strides = (points.stride(), self.problem_strides)
         self.form = dict(DIM=self.dim, PADDED=padded, TERMS=terms, CENTRED=is_centred)
         self.shape = dict(
             **self.form, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            COPY_ENGINE=self.copies, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+        if config.registers:
+            self.shape["maxnreg"] = config.registers
 
     def prepare(self, grad: Tensor | None, *backward: Tensor | None) -> None:
         """Fill in the terms of the anchors and, given a gradient, what the backward starts from.
