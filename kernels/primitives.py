@@ -330,7 +330,7 @@ def load_rows(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_d
 @triton.jit
 def inside(dims, DIM: tl.constexpr):
     """Which of a step's dims exist: known beforehand to be all where steps divide DIM."""
-    if DIM % dims.shape[0] == 0:
+    if tl.constexpr(DIM) % dims.shape[0] == 0:
         mask = tl.full([dims.shape[0]], True, tl.int1)
     else:
         mask = dims < DIM

@@ -174,7 +174,7 @@ def _anchor_kernel(
     product_sum = tl.zeros([BLOCK_N, BLOCK_OUT], tl.float32)
     # Flow has to sum e as it is rounded in the product, as points may lie far off. The narrowest
     # product with ones does.
-    ones = tl.full([BLOCK_M, 16], 1.0, HALF)
+    ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(HALF)
     flow = tl.zeros([BLOCK_N, 16], tl.float32)
     lane = tl.arange(0, BLOCK_M)  # (M,)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
