@@ -29,16 +29,20 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    anchors_of,
     inverse_of,
     load_centre,
     load_norms,
     load_terms,
     load_tile,
     log2_of,
+    may_start_next,
+    norms_in_base_2,
     point_terms,
     problem_of,
     products,
     step_of,
+    wait_for_last,
 )
 
 
@@ -55,10 +59,11 @@ def _normaliser_kernel(
     batch = program // tiles
     start = (program % tiles) * BLOCK_M
     lane = tl.arange(0, BLOCK_M)  # (M,)
-    points, terms, norms, centre, factor, scale = problem_of(
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
         k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
+    scale = 2.0 * factor * tl.load(unit)
     dims = tl.arange(0, BLOCK_D)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -85,27 +90,32 @@ def _normaliser_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
-    points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr,
-    point_strides, problem_strides, weight_strides, inner, n, k_padded, tiles, share, splits,
-    chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr, anchors,
+    point_strides, problem_strides, weight_strides, anchor_strides, inner, n, k, k_padded, tiles,
+    share, splits, chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
     STORE_PEAK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, FAST: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, FAST: tl.constexpr, FUSED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of p over a run of tiles of points, for one chunk of anchors."""
+    may_start_next(OVERLAP)
     program = tl.program_id(0)
     split = program % splits
     chunk = program // splits % chunks
     batch = program // splits // chunks
-    points, terms, norms, centre, factor, scale = problem_of(
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
         k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
     dims = tl.arange(0, BLOCK_D)
-    first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
-    norm = load_norms(norms, columns, factor)
-    origin = load_centre(centre, dims, DIM)
+    first, norm, origin, unit_of_terms = anchors_of(
+        anchors, anchor_strides, terms, norms, centre, unit, batch // inner, batch % inner, columns,
+        dims, k, k_padded, DIM, PADDED, TERMS, CENTRED, FUSED,
+    )  # fmt: skip
+    norm = norms_in_base_2(norm, factor)
+    scale = 2.0 * factor * unit_of_terms
     # Summed over its rows once, at the end: a sum over the rows of a tile crosses threads.
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lane = tl.arange(0, BLOCK_M)  # (M,)
@@ -150,9 +160,10 @@ def _mass_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _entropy_kernel(
     sums_ptr, weight_sums, mass_ptr, entropy_ptr, n, k, k_padded, splits,
-    HAS_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, CELLS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, CELLS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Masses of all cells of a problem from the sums of its programs, and their entropy."""
+    wait_for_last(OVERLAP)
     batch = tl.program_id(0)
     if HAS_WEIGHTS:
         weight = tl.load(weight_sums + batch)
@@ -184,14 +195,18 @@ def forward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConf
     """
     padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
     part = min(padded, 64)
+    common = {"fused": True, "fast": arch.startswith("sm")}
     if arch.startswith("gfx"):
-        return RangeConfig(64, min(64, cells), min(padded, 32), 0, 4, 1, 1024)
+        return RangeConfig(64, min(64, cells), min(padded, 32), 0, 4, 1, 1024, **common)
     if arch != "sm90":
-        return RangeConfig(64, min(64, cells), part, 0, 4, 2, 528)
+        return RangeConfig(64, min(64, cells), part, 0, 4, 2, 528, **common)
     if cells <= 64:
+        common |= {"copy_engine": True, "overlap": True}
+        # Many small programs side by side: while some wait for points or for the tensor cores,
+        # others compute.
         if dtype == torch.float32:
-            return RangeConfig(64, cells, part, 0, 4, 3, 396)
-        return RangeConfig(128, cells, part, 0, 8, 3, 264)
+            return RangeConfig(64, cells, part, 0, 4, 3, 396, registers=168, **common)
+        return RangeConfig(64, cells, part, 0, 4, 4, 528, **common)
     if cells == 256 and padded <= 64:
         return RangeConfig(64, 256, part, 0, 8, 3, 132)
     return RangeConfig(64, 128, part, 0, 4, 2, 264)
@@ -230,20 +245,23 @@ def range_mass(
     sums = alpha.new_empty(batch, splits, call.k_padded)
     has_weights = weights is not None
     with device_of(points):
-        call.prepare(None)
+        if not call.fused:
+            call.prepare(None)
         if call.chunks > 1:
             _normaliser_kernel[(batch * call.tiles,)](
                 *call.given, lse, peak, *call.strides, inner, n, call.k_padded, call.tiles,
                 STORE_PEAK=with_peak, **call.shape,
             )  # fmt: skip
         _mass_kernel[(batch * call.chunks * splits,)](
-            *call.given, weights, lse, peak, sums, *call.strides, weight_strides(weights), inner,
-            n, call.k_padded, call.tiles, share, splits, call.chunks, STORE_PEAK=with_peak,
-            ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights, FAST=config.fast, **call.shape,
+            *call.given, weights, lse, peak, sums, anchors, *call.strides, weight_strides(weights),
+            anchors.stride(), inner, n, k, call.k_padded, call.tiles, share, splits, call.chunks,
+            STORE_PEAK=with_peak, ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights,
+            FAST=config.fast, FUSED=call.fused, OVERLAP=config.overlap, **call.shape,
         )  # fmt: skip
         cells = step_of(k)
         _entropy_kernel[(batch,)](
             sums, call.weight_sums, mass, entropy, n, k, call.k_padded, splits,
             HAS_WEIGHTS=has_weights, SPLITS=16384 // cells, CELLS=cells, num_warps=16,
+            OVERLAP=config.overlap, **call.last,
         )  # fmt: skip
     return entropy, mass, lse, peak

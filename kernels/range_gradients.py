@@ -34,13 +34,19 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    anchors_of,
     load_centre,
     load_norms,
     load_terms,
     load_tile,
+    may_start_next,
+    norms_in_base_2,
     point_terms,
     problem_of,
     products,
+    rate_of,
+    surprise_of,
+    wait_for_last,
 )
 
 
@@ -66,10 +72,11 @@ def _point_kernel(
     start = tile * BLOCK_M
     lane = tl.arange(0, BLOCK_M)  # (M,)
     outer, head = batch // inner, batch % inner
-    points, terms, norms, centre, factor, scale = problem_of(
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
         k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
+    scale = 2.0 * factor * tl.load(unit)
     where = batch.to(tl.int64) * n + start
     lse = tl.load(lse_ptr + where + lane, mask=start + lane < n, other=NOWHERE)
     surprise += batch.to(tl.int64) * k_padded
@@ -135,25 +142,28 @@ def _store_point_grad(
 @triton.jit(do_not_specialize=LENGTHS)
 def _anchor_kernel(
     points, terms, norms, centre, unit, alpha, weights, lse_ptr, surprise, rate, expected_ptr,
-    grad_ptr, product_ptr, flow_ptr, slope_ptr, point_strides, problem_strides, weight_strides,
-    inner, n, k_padded, tiles, share, splits, chunks, parts,
+    grad_ptr, product_ptr, flow_ptr, slope_ptr, anchors, incoming, mass, entropy, weight_sums,
+    point_strides, problem_strides, weight_strides, anchor_strides, inner, n, k, k_padded, tiles,
+    share, splits, chunks, parts,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
     COPY_ENGINE: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, NEED_POINTS: tl.constexpr,
-    NEED_ANCHORS: tl.constexpr, NEED_EXPECTED: tl.constexpr,
+    NEED_ANCHORS: tl.constexpr, NEED_EXPECTED: tl.constexpr, FUSED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sums over a run of tiles of points for a chunk of anchors and a part of the dimensions.
 
     They are, with weights, sum_i e_ij x_i ("product"), sum_i e_ij ("flow") and, over the chunk,
     sum_ij e_ij t_ij ("slope"). With ONE_CHUNK every anchor is here, so that G and dx are too.
     """
+    may_start_next(OVERLAP)
     program = tl.program_id(0)
     split = program % splits
     part = program // splits % parts
     chunk = program // splits // parts % chunks
     batch = program // splits // parts // chunks
     outer, head = batch // inner, batch % inner
-    points, terms, norms, centre, factor, scale = problem_of(
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
         k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
@@ -163,14 +173,27 @@ def _anchor_kernel(
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
     out_dims = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dims = tl.arange(0, BLOCK_D)
-    first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
-    norm = load_norms(norms, columns, factor)
-    g = tl.load(surprise + batch.to(tl.int64) * k_padded + columns)
-    unit_of_terms = tl.load(unit + outer * problem_strides[0] + head * problem_strides[1])
-    result_unit = tl.load(rate + batch)
+    first, norm, origin, unit_of_terms = anchors_of(
+        anchors, anchor_strides, terms, norms, centre, unit, outer, head, columns, dims, k,
+        k_padded, DIM, PADDED, TERMS, CENTRED, FUSED,
+    )  # fmt: skip
+    norm = norms_in_base_2(norm, factor)
+    if FUSED:
+        g = surprise_of(mass + batch.to(tl.int64) * k, tl.load(entropy + batch), columns, k)
+        to_range, result_unit = half_range_scale(tl.max(tl.abs(g), 0))
+        g *= to_range
+        result_unit *= rate_of(incoming, weight_sums, batch, n, HAS_WEIGHTS)
+        if split == 0:  # for the last kernel
+            tl.store(rate + batch, result_unit)
+            tl.store(centre + dims, origin, mask=inside(dims, DIM))
+    else:
+        g = tl.load(surprise + batch.to(tl.int64) * k_padded + columns)
+        result_unit = tl.load(rate + batch)
+    scale = 2.0 * factor * unit_of_terms
     out_scale = scale * (1.0 / LOG2_E) * result_unit
-    origin = load_centre(centre, dims, DIM)
-    out_origin = load_centre(centre, out_dims, DIM)
+    out_origin = origin
+    if not WHOLE:
+        out_origin = load_centre(centre, out_dims, DIM)
     product_sum = tl.zeros([BLOCK_N, BLOCK_OUT], tl.float32)
     # Flow has to sum e as it is rounded in the product, as points may lie far off. The narrowest
     # product with ones does.
@@ -245,12 +268,15 @@ def _anchor_kernel(
             flow += counted * flow_unit
     if NEED_ANCHORS:
         sums = (batch * splits + split).to(tl.int64) * k_padded + columns
-        inside = (out_dims < DIM)[None, :]
-        tl.store(product_ptr + sums[:, None] * DIM + out_dims[None, :], product_sum, mask=inside)
+        where = sums[:, None] * DIM + out_dims[None, :]
+        tl.store(product_ptr + where, product_sum, mask=inside(out_dims, DIM)[None, :])
         flow_sum = tl.max(flow, 1)  # all columns are the same
         if part == 0:
             tl.store(flow_ptr + sums, flow_sum)
-        high, middle, low = load_terms(terms, columns, out_dims, k_padded, PADDED, TERMS)
+        if WHOLE:
+            high, middle, low = first
+        else:
+            high, middle, low = load_terms(terms, columns, out_dims, k_padded, PADDED, TERMS)
         anchor = high.to(tl.float32) + middle.to(tl.float32)
         if TERMS == 3:
             anchor += low.to(tl.float32)
@@ -274,8 +300,10 @@ def _cell_gradient_kernel(
     product_ptr, flow_ptr, slope_ptr, anchors, centre, alpha, grad_ptr, alpha_grad_ptr,
     anchor_strides, problem_strides, inner, k, k_padded, splits, parts,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CENTRED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one anchor, and of alpha, from the sums of all programs."""
+    wait_for_last(OVERLAP)
     program = tl.program_id(0)
     anchor = program % k
     batch = program // k
@@ -313,17 +341,21 @@ def _cell_gradient_kernel(
 
 
 def backward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConfig:
-    """Tiles whose three products and operands fit the registers, or nearly so.
-
-    Measured for sm_90 at d=64, k=64 and 256: tiles of 128 points in eight warps were slower.
-    """
+    """Tiles whose three products and operands fit the registers, or nearly so."""
     padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
+    common = {"fused": True, "fast": arch.startswith("sm")}
     part = min(padded, 64)
     if arch.startswith("gfx"):
         part = min(padded, 32)
-        return RangeConfig(32, min(64, cells), part, part, 4, 1, 1024)
-    stages = 1 if dtype == torch.float32 else 2
-    return RangeConfig(64, min(64, cells), part, part, 4, stages, 264)
+        return RangeConfig(32, min(64, cells), part, part, 4, 1, 1024, **common)
+    shape = (64, min(64, cells), part, part, 4)
+    if arch != "sm90" or cells > 64 or padded > 64:
+        return RangeConfig(*shape, 1 if dtype == torch.float32 else 2, 264, **common)
+    # Three stages: with two, a tile is asked for at the end of a step and waited for at once.
+    common |= {"copy_engine": True, "overlap": True}
+    if dtype == torch.float32:
+        return RangeConfig(*shape, 3, 264, **common)
+    return RangeConfig(*shape, 3, 396, registers=168, **common)
 
 
 def range_gradients(
@@ -376,24 +408,27 @@ def range_gradients(
         **call.shape, BLOCK_OUT=config.block_out, HAS_WEIGHTS=weights is not None,
         NEED_POINTS=need_points,
     )  # fmt: skip
+    grad = grad.contiguous()
     with device_of(points):
-        call.prepare(grad.contiguous(), mass, entropy, surprise, rate)
+        if not call.fused:
+            call.prepare(grad, mass, entropy, surprise, rate)
         if call.chunks > 1:
             _point_kernel[(batch * parts * call.tiles,)](
                 *given, *strides, inner, n, call.k_padded, call.tiles, parts, **shape
             )
         if need_anchors or call.chunks == 1:
             _anchor_kernel[(batch * call.chunks * parts * splits,)](
-                *given, product, flow, slope, *strides, inner, n, call.k_padded, call.tiles, share,
-                splits, call.chunks, parts, ONE_CHUNK=call.chunks == 1, NEED_ANCHORS=need_anchors,
-                NEED_EXPECTED=keeps_expected, **shape,
+                *given, product, flow, slope, anchors, grad, mass, entropy, call.weight_sums,
+                *strides, anchors.stride(), inner, n, k, call.k_padded, call.tiles, share, splits,
+                call.chunks, parts, ONE_CHUNK=call.chunks == 1, NEED_ANCHORS=need_anchors,
+                NEED_EXPECTED=keeps_expected, FUSED=call.fused, OVERLAP=config.overlap, **shape,
             )  # fmt: skip
         if need_anchors:
             _cell_gradient_kernel[(batch * k,)](
                 product, flow, slope, anchors, call.centre, call.alpha, anchor_grad,
                 alpha_grad, anchors.stride(), call.problem_strides, inner, k, call.k_padded, splits,
                 slope.shape[1], DIM=dim, BLOCK_D=min(64, padded_head_dim(dim)), SPLITS=128,
-                CENTRED=call.form["CENTRED"],
+                CENTRED=call.form["CENTRED"], OVERLAP=config.overlap, **call.last,
             )  # fmt: skip
     weight_grad = expected * rate[..., None] if need_weights else expected.new_empty(0)
     return point_grad, anchor_grad, alpha_grad, weight_grad

@@ -119,39 +119,52 @@ def _prepare_kernel(
                 rest -= half.to(tl.float32)
                 out = terms_ptr + term * k_padded.to(tl.int64) * PADDED + where
                 tl.store(out, half, mask=padded[:, None])
-            # The b of the anchor that the terms add up to, so that all else is exact: distances
-            # to an anchor that is off by its last digits, not distances that are off.
-            relative -= rest * unit
-            other = relative
-            if not CENTRED:
-                other += 2.0 * centre[None, :]
-            # b cancels against the product: all its digits count.
-            norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
-            norm = tl.where(rows < k, norm, float("inf"))
+            norm = _norms_of(relative - rest * unit, centre, rows < k, CENTRED)
             tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
     if HAS_GRAD:
-        if HAS_WEIGHTS:
-            weight = tl.load(weight_sums + program)
-        else:
-            weight = n.to(tl.float32)
         mean = tl.load(entropy + program)
         highest = tl.zeros([CELLS], tl.float32)
         for start in range(0, k, CELLS):
             cells = start + tl.arange(0, CELLS)
-            g = _surprise(mass + program.to(tl.int64) * k, mean, cells, k)
+            g = surprise_of(mass + program.to(tl.int64) * k, mean, cells, k)
             highest = tl.maximum(highest, tl.abs(g))
         scale, inverse = half_range_scale(tl.max(highest, 0))
-        rate = tl.load(grad + program) / tl.where(weight > 0.0, weight, 1.0)
-        tl.store(rate_ptr + program, tl.where(weight > 0.0, rate, 0.0) * inverse)
+        rate = rate_of(grad, weight_sums, program, n, HAS_WEIGHTS)
+        tl.store(rate_ptr + program, rate * inverse)
         for start in range(0, k_padded, CELLS):
             cells = start + tl.arange(0, CELLS)
-            g = _surprise(mass + program.to(tl.int64) * k, mean, cells, k) * scale
+            g = surprise_of(mass + program.to(tl.int64) * k, mean, cells, k) * scale
             out = surprise_ptr + program.to(tl.int64) * k_padded + cells
             tl.store(out, g, mask=cells < k_padded)
 
 
 @triton.jit
-def _surprise(mass, entropy, cells, k):
+def _norms_of(relative, centre, there, CENTRED: tl.constexpr):
+    """(N,) b of the anchors that the terms add up to, infinite where there is none.
+
+    So all else is exact: distances to an anchor that is off by its last digits, not distances that
+    are off. b cancels against the product: all its digits count.
+    """
+    other = relative
+    if not CENTRED:
+        other += 2.0 * centre[None, :]
+    norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
+    return tl.where(there, norm, float("inf"))
+
+
+@triton.jit
+def rate_of(grad, weight_sums, batch, n, HAS_WEIGHTS: tl.constexpr):
+    """The incoming gradient over the sum of weights; 0 for a set without weight."""
+    if HAS_WEIGHTS:
+        weight = tl.load(weight_sums + batch)
+    else:
+        weight = n.to(tl.float32)
+    rate = tl.load(grad + batch) / tl.where(weight > 0.0, weight, 1.0)
+    return tl.where(weight > 0.0, rate, 0.0)
+
+
+@triton.jit
+def surprise_of(mass, entropy, cells, k):
     """-log P - H, how much rarer a cell is than the mean one; 0 where P is 0.
 
     Less H, which leaves every gradient as it is, since what is small needs no digits for H.
@@ -166,22 +179,62 @@ def problem_of(
     k_padded, DIM: tl.constexpr, PADDED: tl.constexpr, TERMS: tl.constexpr,
     COPY_ENGINE: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of one problem and the factors of products and of b in base 2."""
+    """Addresses of one problem, and the factor that takes t to scores in base 2."""
     outer, head = batch // inner, batch % inner
     if not COPY_ENGINE:
         points = head_base(points, outer, head, point_strides[0], point_strides[1])
     which = (outer * problem_strides[0] + head * problem_strides[1]).to(tl.int64)
     factor = tl.load(alpha + batch) * LOG2_E
-    scale = 2.0 * factor * tl.load(unit + which)
     terms += which * TERMS * k_padded * PADDED
-    return points, terms, norms + which * k_padded, centre + which * DIM, factor, scale
+    return points, terms, norms + which * k_padded, centre + which * DIM, unit + which, factor
+
+
+@triton.jit
+def anchors_of(
+    anchors, anchor_strides, terms, norms, centre, unit, outer, head, columns, dims, k, k_padded,
+    DIM: tl.constexpr, PADDED: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Terms, b, mu and unit of a chunk of anchors, the first and the third for dims.
+
+    With FUSED, if one chunk and one step hold all, every program prepares them for itself, which
+    takes less time than to launch a kernel that does.
+    """
+    if FUSED:
+        base = head_base(anchors, outer, head, anchor_strides[0], anchor_strides[1])
+        there = columns < k
+        anchor = load_part(base, columns, k, dims, DIM, anchor_strides[2], anchor_strides[3])
+        origin = tl.sum(anchor, 0) / k
+        relative = tl.where(there[:, None], anchor - origin[None, :], 0.0)
+        scale, unit_of_terms = half_range_scale(tl.max(tl.max(tl.abs(relative), 1), 0))
+        rest = relative * scale
+        high = rest.to(terms.dtype.element_ty)
+        rest -= high.to(tl.float32)
+        middle = rest.to(terms.dtype.element_ty)
+        rest -= middle.to(tl.float32)
+        low = middle
+        if TERMS == 3:
+            low = rest.to(terms.dtype.element_ty)
+            rest -= low.to(tl.float32)
+        norm = _norms_of(relative - rest * unit_of_terms, origin, there, CENTRED)
+    else:
+        high, middle, low = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
+        norm = tl.load(norms + columns)
+        origin = load_centre(centre, dims, DIM)
+        unit_of_terms = tl.load(unit)
+    return (high, middle, low), norm, origin, unit_of_terms
+
+
+@triton.jit
+def norms_in_base_2(norm, factor):
+    """One that is not there has none, whatever the factor."""
+    return tl.where(norm < float("inf"), norm * factor, NOWHERE)
 
 
 @triton.jit
 def load_norms(norms, columns, factor):
-    """(N,) b of the anchors in base 2. One that is not there has none, whatever the factor."""
-    norm = tl.load(norms + columns)
-    return tl.where(norm < float("inf"), norm * factor, NOWHERE)
+    """(N,) b of the anchors in base 2."""
+    return norms_in_base_2(tl.load(norms + columns), factor)
 
 
 @triton.jit
@@ -277,6 +330,20 @@ def add_products(product, x, x_low, high, middle, low, TERMS: tl.constexpr, CENT
 
 
 @triton.jit
+def may_start_next(OVERLAP: tl.constexpr):
+    """With OVERLAP, let the next kernel start; it must `wait_for_last`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(OVERLAP: tl.constexpr):
+    """With OVERLAP, wait until the kernel before has ended and what it wrote is there."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def log2_of(x, FAST: tl.constexpr):
     """log2 of positive normal numbers, with FAST by the special function unit: off by 2^-22."""
     if FAST:
@@ -308,6 +375,8 @@ class RangeConfig:
         programs: how many share the points, the same on every GPU so that sums are the same.
         terms: of half precision that an anchor is a sum of.
         fast: take logarithms and inverses from NVIDIA's special function unit.
+        fused: leave out the first kernel where a step of a program holds all anchors.
+        overlap: start the last kernel before the one ahead has ended, on NVIDIA from sm_90 on.
         copy_engine: let it fetch the points where it can, and write their gradients.
         registers: the most a thread may have, or None; fewer let more programs run side by side.
     """
@@ -322,6 +391,8 @@ class RangeConfig:
     terms: int = 2
     fast: bool = False
     copy_engine: bool = False
+    fused: bool = False
+    overlap: bool = False
     registers: int | None = None
 
 
@@ -355,6 +426,7 @@ class Call:
             for entries in (self.k_padded, self.dim, 1)
         )
         self.alpha = alpha.contiguous()
+        self.fused = config.fused and self.chunks == 1 and padded <= config.block_d
         # A box holds all dimensions of its points, as one step of a program does.
         self.copies = (
             config.copy_engine
@@ -374,6 +446,8 @@ class Call:
         )  # fmt: skip
         if config.registers:
             self.shape["maxnreg"] = config.registers
+        # Of the last kernel, which the driver may launch early.
+        self.last = {"launch_pdl": True} if config.overlap else {}
 
     def prepare(self, grad: Tensor | None, *backward: Tensor | None) -> None:
         """Fill in the terms of the anchors and, given a gradient, what the backward starts from.

@@ -1,5 +1,8 @@
 """Variants of the range entropy kernels on one GPU, beside the kernels as they were.
 
+Names of variants: rows x warps, stages, tma = copy engine, f = no first kernel, o = the last kernel
+starts early, 96r = at most 96 registers a thread, then programs.
+
     PYTHONUNBUFFERED=1 python3 scratch/soft/bench.py [--seconds 0.5] [--only bfloat16.forward,...]
 
 First all variants are compiled by processes of their own. Then for each dtype and direction: the
@@ -35,92 +38,105 @@ def variants() -> dict[str, dict[str, object]]:
     from entropy_attn.kernels.range_primitives import RangeConfig as C
 
     found: dict[str, dict[str, object]] = {}
-    #          rows k  d  out warps stages programs
-    a = C(64, 64, 64, 0, 4, 4, 528, terms=2, fast=True)
-    tma = replace(a, copy_engine=True)
+    #         rows k  d  out warps stages programs
+    plain = C(64, 64, 64, 0, 4, 4, 528, fast=True)
+    tma = replace(plain, copy_engine=True)
+    best = replace(tma, fused=True, overlap=True)
     found["bfloat16.forward"] = {
         "old": None,
         "old shape": C(128, 64, 64, 0, 8, 3, 264, terms=3),
-        "old shape, 2 terms": C(128, 64, 64, 0, 8, 3, 264, terms=2),
-        "old shape, fast": C(128, 64, 64, 0, 8, 3, 264, terms=2, fast=True),
-        "64x4 s3": replace(a, num_stages=3),
-        "64x4 s4": a,
-        "64x4 s4 3 terms": replace(a, terms=3),
-        "64x4 s5": replace(a, num_stages=5),
-        "64x4 s3 tma": replace(tma, num_stages=3),
+        "old shape, 2 terms": C(128, 64, 64, 0, 8, 3, 264),
+        "old shape, 2 terms, fast": C(128, 64, 64, 0, 8, 3, 264, fast=True),
+        "64x4 s4": plain,
+        "64x4 s4 f 128r": replace(plain, fused=True, registers=128),
+        "64x4 s4 fo 128r": replace(plain, fused=True, overlap=True, registers=128),
         "64x4 s4 tma": tma,
-        "64x4 s5 tma": replace(tma, num_stages=5),
-        "64x4 s4 tma 96r 660": replace(tma, registers=96, programs=660),
-        "64x4 s3 tma 96r 660": replace(tma, registers=96, programs=660, num_stages=3),
-        "64x4 s4 96r 660": replace(a, registers=96, programs=660),
-        "64x4 s3 tma 80r 792": replace(tma, registers=80, programs=792, num_stages=3),
-        "128x8 s3 tma": replace(tma, block_m=128, num_warps=8, num_stages=3, programs=264),
-        "128x8 s4 tma": replace(tma, block_m=128, num_warps=8, programs=264),
-        "128x8 s3 tma 80r 396": replace(
-            tma, block_m=128, num_warps=8, num_stages=3, registers=80, programs=396
+        "64x4 s4 tma f": replace(tma, fused=True),
+        "64x4 s4 tma fo": best,
+        "64x4 s3 tma fo 3 terms": replace(best, terms=3, num_stages=3),
+        "64x4 s3 tma fo": replace(best, num_stages=3),
+        "64x4 s5 tma fo 396": replace(best, num_stages=5, programs=396),
+        "64x4 s6 tma fo 396": replace(best, num_stages=6, programs=396),
+        "64x4 s3 tma fo 96r 660": replace(best, registers=96, programs=660, num_stages=3),
+        "64x4 s3 fo 96r 660": replace(
+            best, registers=96, programs=660, copy_engine=False, num_stages=3
         ),
-        "128x4 s3 tma 168r 396": replace(
-            tma, block_m=128, num_stages=3, registers=168, programs=396
+        "128x8 s3 tma fo": replace(best, block_m=128, num_warps=8, num_stages=3, programs=264),
+        "128x8 s4 tma fo": replace(best, block_m=128, num_warps=8, programs=264),
+        "128x8 s3 tma fo 80r 396": replace(
+            best, block_m=128, num_warps=8, num_stages=3, registers=80, programs=396
         ),
-        "128x4 s4 tma 264": replace(tma, block_m=128, programs=264),
-        "256x8 s3 tma 132": replace(tma, block_m=256, num_warps=8, num_stages=3, programs=132),
+        "128x4 s3 tma fo 168r 396": replace(
+            best, block_m=128, num_stages=3, registers=168, programs=396
+        ),
+        "128x4 s4 tma fo 264": replace(best, block_m=128, programs=264),
+        "256x8 s3 tma fo 132": replace(
+            best, block_m=256, num_warps=8, num_stages=3, programs=132
+        ),
     }
-    b = C(64, 64, 64, 64, 4, 3, 264, terms=2, fast=True)
-    tma = replace(b, copy_engine=True)
+    plain = C(64, 64, 64, 64, 4, 3, 264, fast=True)
+    tma = replace(plain, copy_engine=True)
+    best = replace(tma, fused=True, overlap=True)
     found["bfloat16.backward"] = {
         "old": None,
-        "64x4 s2": replace(b, num_stages=2),
-        "64x4 s3 3 terms": replace(b, terms=3),
-        "64x4 s3": b,
-        "64x4 s4": replace(b, num_stages=4),
-        "64x4 s2 tma": replace(tma, num_stages=2),
+        "64x4 s2 3 terms": replace(plain, terms=3, num_stages=2),
+        "64x4 s2": replace(plain, num_stages=2),
+        "64x4 s3": plain,
+        "64x4 s3 fo": replace(plain, fused=True, overlap=True),
+        "64x4 s4 fo": replace(plain, fused=True, overlap=True, num_stages=4),
+        "64x4 s3 fo 168r 396": replace(best, copy_engine=False, registers=168, programs=396),
         "64x4 s3 tma": tma,
-        "64x4 s3 tma 3 terms": replace(tma, terms=3),
-        "64x4 s4 tma": replace(tma, num_stages=4),
+        "64x4 s2 tma fo": replace(best, num_stages=2),
+        "64x4 s3 tma fo": best,
+        "64x4 s3 tma fo 3 terms": replace(best, terms=3),
+        "64x4 s4 tma fo": replace(best, num_stages=4),
         "64x4 s3 tma 168r 396": replace(tma, registers=168, programs=396),
-        "64x4 s4 tma 168r 396": replace(tma, registers=168, programs=396, num_stages=4),
-        "64x4 s2 tma 168r 396": replace(tma, registers=168, programs=396, num_stages=2),
-        "64x4 s3 168r 396": replace(b, registers=168, programs=396),
-        "64x4 s3 tma 128r 528": replace(tma, registers=128, programs=528),
-        "128x8 s3 tma 132": replace(tma, block_m=128, num_warps=8, programs=132),
-        "128x8 s2 tma 128r 264": replace(
-            tma, block_m=128, num_warps=8, num_stages=2, registers=128, programs=264
-        ),
-        "128x8 s3 tma 128r 264": replace(
-            tma, block_m=128, num_warps=8, registers=128, programs=264
+        "64x4 s3 tma fo 168r 396": replace(best, registers=168, programs=396),
+        "64x4 s4 tma fo 168r 396": replace(best, registers=168, programs=396, num_stages=4),
+        "64x4 s2 tma fo 168r 396": replace(best, registers=168, programs=396, num_stages=2),
+        "128x8 s3 tma fo 132": replace(best, block_m=128, num_warps=8, programs=132),
+        "128x8 s3 tma fo 128r 264": replace(
+            best, block_m=128, num_warps=8, registers=128, programs=264
         ),
     }
-    a = C(64, 64, 64, 0, 4, 3, 396, terms=2, fast=True)
-    tma = replace(a, copy_engine=True)
+    plain = C(64, 64, 64, 0, 4, 3, 396, fast=True)
+    tma = replace(plain, copy_engine=True)
+    best = replace(tma, fused=True, overlap=True)
     found["float32.forward"] = {
         "old": None,
-        "old shape": replace(a, fast=False),
-        "64x4 s2 528": replace(a, num_stages=2, programs=528, registers=128),
-        "64x4 s3": replace(a, registers=168),
-        "64x4 s4 264": replace(a, num_stages=4, programs=264),
-        "64x4 s2 tma 528": replace(tma, num_stages=2, programs=528, registers=128),
-        "64x4 s3 tma": tma,
-        "64x4 s4 tma 264": replace(tma, num_stages=4, programs=264),
-        "128x8 s3 tma 132": replace(tma, block_m=128, num_warps=8, programs=132),
-        "128x8 s2 tma 128r 264": replace(
-            tma, block_m=128, num_warps=8, num_stages=2, registers=128, programs=264
+        "old shape": replace(plain, fast=False, registers=168),
+        "64x4 s3": replace(plain, registers=168),
+        "64x4 s3 fo": replace(best, copy_engine=False, registers=168),
+        "64x4 s4 fo 264": replace(best, copy_engine=False, num_stages=4, programs=264),
+        "64x4 s2 fo 128r 528": replace(
+            best, copy_engine=False, num_stages=2, programs=528, registers=128
         ),
-        "128x8 s3 128r 132": replace(a, block_m=128, num_warps=8, programs=132),
+        "64x4 s3 tma": tma,
+        "64x4 s3 tma fo": replace(best, registers=168),
+        "64x4 s4 tma fo 264": replace(best, num_stages=4, programs=264),
+        "64x4 s2 tma fo 128r 528": replace(best, num_stages=2, programs=528, registers=128),
+        "128x8 s3 tma fo 132": replace(best, block_m=128, num_warps=8, programs=132),
+        "128x8 s2 tma fo 128r 264": replace(
+            best, block_m=128, num_warps=8, num_stages=2, registers=128, programs=264
+        ),
     }
-    b = C(64, 64, 64, 64, 4, 3, 264, terms=2, fast=True)
-    tma = replace(b, copy_engine=True)
+    plain = C(64, 64, 64, 64, 4, 3, 264, fast=True)
+    tma = replace(plain, copy_engine=True)
+    best = replace(tma, fused=True, overlap=True)
     found["float32.backward"] = {
         "old": None,
-        "64x4 s1": replace(b, num_stages=1),
-        "64x4 s2": replace(b, num_stages=2),
-        "64x4 s3": b,
-        "64x4 s1 tma": replace(tma, num_stages=1),
-        "64x4 s2 tma": replace(tma, num_stages=2),
+        "64x4 s1": replace(plain, num_stages=1),
+        "64x4 s2": replace(plain, num_stages=2),
+        "64x4 s3": plain,
+        "64x4 s3 fo": replace(plain, fused=True, overlap=True),
+        "64x4 s4 fo": replace(plain, fused=True, overlap=True, num_stages=4),
         "64x4 s3 tma": tma,
-        "64x4 s2 168r 396": replace(b, num_stages=2, registers=168, programs=396),
-        "32x4 s3 168r 396": replace(b, block_m=32, registers=168, programs=396),
-        "32x4 s3 tma 264": replace(tma, block_m=32),
-        "128x8 s2 tma 132": replace(tma, block_m=128, num_warps=8, num_stages=2, programs=132),
+        "64x4 s2 tma fo": replace(best, num_stages=2),
+        "64x4 s3 tma fo": best,
+        "64x4 s2 168r 396": replace(plain, num_stages=2, registers=168, programs=396),
+        "32x4 s3 168r 396": replace(plain, block_m=32, registers=168, programs=396),
+        "32x4 s3 fo 264": replace(best, block_m=32, copy_engine=False),
+        "128x8 s2 tma fo 132": replace(best, block_m=128, num_warps=8, num_stages=2, programs=132),
     }
     return found
 
