@@ -92,9 +92,9 @@ def _normaliser_kernel(
 def _mass_kernel(
     points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr, anchors,
     point_strides, problem_strides, weight_strides, anchor_strides, inner, n, k, k_padded, tiles,
-    share, splits, chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
-    STORE_PEAK: tl.constexpr,
+    share, splits, chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
+    COPY_ENGINE: tl.constexpr, STORE_PEAK: tl.constexpr,
     ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, FAST: tl.constexpr, FUSED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip

@@ -147,9 +147,9 @@ def _anchor_kernel(
     share, splits, chunks, parts,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
-    COPY_ENGINE: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, NEED_POINTS: tl.constexpr,
-    NEED_ANCHORS: tl.constexpr, NEED_EXPECTED: tl.constexpr, FUSED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    COPY_ENGINE: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    NEED_POINTS: tl.constexpr, NEED_ANCHORS: tl.constexpr, NEED_EXPECTED: tl.constexpr,
+    FUSED: tl.constexpr, OVERLAP: tl.constexpr, UNROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Sums over a run of tiles of points for a chunk of anchors and a part of the dimensions.
 
@@ -199,6 +199,7 @@ def _anchor_kernel(
     # product with ones does.
     ones = tl.full([BLOCK_M, 16], 1.0, tl.float32).to(HALF)
     flow = tl.zeros([BLOCK_N, 16], tl.float32)
+    steepness = tl.zeros([BLOCK_M], tl.float32)
     lane = tl.arange(0, BLOCK_M)  # (M,)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
         start = tile * BLOCK_M
@@ -211,7 +212,8 @@ def _anchor_kernel(
         )  # fmt: skip
         where = batch.to(tl.int64) * n + start
         lse = tl.load(lse_ptr + where + lane, mask=lane < left, other=NOWHERE)
-        p = tl.exp2(_log_share(product, units, norm, lse, scale))  # (M, N)
+        log_share = _log_share(product, units, norm, lse, scale)
+        p = tl.exp2(log_share)  # (M, N)
         if ONE_CHUNK:
             expected = tl.sum(p * g[None, :], 1)
             if NEED_EXPECTED and part == 0:
@@ -220,6 +222,12 @@ def _anchor_kernel(
             expected = tl.load(expected_ptr + where + lane, mask=lane < left, other=0.0)
         e = p * (g[None, :] - expected[:, None])
         weight = row_weights(weights, outer, head, weight_strides, start + lane, n, HAS_WEIGHTS)
+        if NEED_ANCHORS and UNROUNDED:
+            # t less lse / alpha, which is the same for all anchors: e sums to 0 over them.
+            of_point = tl.sum(e * log_share, 1)
+            if HAS_WEIGHTS:
+                of_point = tl.where(weight > 0.0, of_point * weight, 0.0)
+            steepness += of_point
         high, low = two_terms(e, HALF)
         if NEED_POINTS and ONE_CHUNK:
             if WHOLE:
@@ -273,18 +281,23 @@ def _anchor_kernel(
         flow_sum = tl.max(flow, 1)  # all columns are the same
         if part == 0:
             tl.store(flow_ptr + sums, flow_sum)
-        if WHOLE:
-            high, middle, low = first
+        if UNROUNDED:
+            # Without sharpness all cells are equal, and to first order it changes no mass.
+            inverse = tl.where(factor != 0.0, 1.0 / factor, 0.0)
+            slope = tl.where(part == 0, tl.sum(steepness, 0) * inverse * result_unit, 0.0)
         else:
-            high, middle, low = load_terms(terms, columns, out_dims, k_padded, PADDED, TERMS)
-        anchor = high.to(tl.float32) + middle.to(tl.float32)
-        if TERMS == 3:
-            anchor += low.to(tl.float32)
-        anchor *= unit_of_terms
-        slope = 2.0 * product_sum - flow_sum[:, None] * anchor
-        if not CENTRED:
-            slope -= 2.0 * flow_sum[:, None] * out_origin[None, :]
-        slope = tl.sum(tl.sum(slope * anchor, 1), 0)
+            if WHOLE:
+                high, middle, low = first
+            else:
+                high, middle, low = load_terms(terms, columns, out_dims, k_padded, PADDED, TERMS)
+            anchor = high.to(tl.float32) + middle.to(tl.float32)
+            if TERMS == 3:
+                anchor += low.to(tl.float32)
+            anchor *= unit_of_terms
+            slopes = 2.0 * product_sum - flow_sum[:, None] * anchor
+            if not CENTRED:
+                slopes -= 2.0 * flow_sum[:, None] * out_origin[None, :]
+            slope = tl.sum(tl.sum(slopes * anchor, 1), 0)
         tl.store(slope_ptr + ((batch * splits + split) * chunks + chunk) * parts + part, slope)
 
 
@@ -421,7 +434,8 @@ def range_gradients(
                 *given, product, flow, slope, anchors, grad, mass, entropy, call.weight_sums,
                 *strides, anchors.stride(), inner, n, k, call.k_padded, call.tiles, share, splits,
                 call.chunks, parts, ONE_CHUNK=call.chunks == 1, NEED_ANCHORS=need_anchors,
-                NEED_EXPECTED=keeps_expected, FUSED=call.fused, OVERLAP=config.overlap, **shape,
+                NEED_EXPECTED=keeps_expected, FUSED=call.fused, OVERLAP=config.overlap,
+                UNROUNDED=config.unrounded, **shape,
             )  # fmt: skip
         if need_anchors:
             _cell_gradient_kernel[(batch * k,)](

@@ -31,7 +31,8 @@ range:
 Nothing of size n x k is stored. Up to one tile of anchors, a program takes a run of points through
 all anchors, forward once and backward once; beyond, log-sum-exp and G_i come from passes of their
 own. Sums over points are kept for each program and added by a last kernel, without atomics: results
-are the same in every run. A first kernel prepares the anchors, as small ones cost their launch.
+are the same in every run. Anchors are prepared by every program for itself where a step holds them
+all, else by a first kernel.
 """
 
 from __future__ import annotations
@@ -357,7 +358,7 @@ def log2_of(x, FAST: tl.constexpr):
 
 @triton.jit
 def inverse_of(x, FAST: tl.constexpr):
-    """1 / x for normal numbers whose inverse is one, with FAST off by one unit in the last place."""
+    """1 / x for normal numbers whose inverse is one, with FAST off by a unit in the last place."""
     if FAST:
         result = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -378,6 +379,9 @@ class RangeConfig:
         fused: leave out the first kernel where a step of a program holds all anchors.
         overlap: start the last kernel before the one ahead has ended, on NVIDIA from sm_90 on.
         copy_engine: let it fetch the points where it can, and write their gradients.
+        unrounded: sum up dalpha from e before it is rounded, at the cost of registers, and not from
+            the sums of dc. Points in half precision have e in one term, so that their dalpha is
+            else no better than their dc.
         registers: the most a thread may have, or None; fewer let more programs run side by side.
     """
 
@@ -393,6 +397,7 @@ class RangeConfig:
     copy_engine: bool = False
     fused: bool = False
     overlap: bool = False
+    unrounded: bool = False
     registers: int | None = None
 
 
@@ -422,8 +427,7 @@ class Call:
         terms, padded = config.terms, padded_head_dim(self.dim)
         self.terms = points.new_empty((self.problems, terms, self.k_padded, padded), dtype=half)
         self.norms, self.centre, self.unit = (
-            alpha.new_empty(self.problems * entries)
-            for entries in (self.k_padded, self.dim, 1)
+            alpha.new_empty(self.problems * entries) for entries in (self.k_padded, self.dim, 1)
         )
         self.alpha = alpha.contiguous()
         self.fused = config.fused and self.chunks == 1 and padded <= config.block_d
