@@ -295,12 +295,18 @@ def explain(
     """Which backend `block_sparse_attention` would run for these arguments, and why.
 
     A mask that drops blocks stays sparse, whatever is faster: dense attention gives another result.
-    For the kernels the reason then says how the two compare at these lengths, by what was measured;
-    the density of the mask is not read.
+    For the kernels the reason then names the one that runs, and says how the two compare at these
+    lengths, by what was measured; the density of the mask is not read.
     """
     query, key, value = follow_autocast(query, key, value)
     args = _validated(query, key, value, block_mask, is_causal, scale, kv_lens, q_lens, window)
     choice = args.choose(backend, wants_statistics=return_lse)
+    if choice.backend == "triton":
+        kernel, why = ops.forward_kernel(
+            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale,
+            kv_lens=kv_lens, q_lens=q_lens,
+        )  # fmt: skip
+        choice = replace(choice, reason=f"{choice.reason}; kernels/{kernel}.py: {why}")
     if backend != "auto" or choice.backend != "triton" or args.keeps_all:
         return choice
     batch, heads, q_len, head_dim = query.shape

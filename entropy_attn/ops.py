@@ -14,6 +14,11 @@ from torch import Tensor
 
 from entropy_attn.reference import attention as reference
 
+# The forward kernels of the Triton backend.
+PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
+# Pairs of queries and keys of all heads, below which a launch weighs more than a faster kernel.
+SMALL = 2**31
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of lse, entropies and masses: fp32, and fp64 for fp64 inputs."""
@@ -25,6 +30,45 @@ def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
     if lists is None or lists.shape[1] in (1, heads):
         return lists
     return lists.repeat_interleave(heads // lists.shape[1], dim=1)
+
+
+def forward_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    entropy: bool = False,
+) -> tuple[str, str]:
+    """Which of the Triton backend's forward kernels runs a call, and why. Waits for nothing."""
+    from entropy_attn.kernels.decode import FEW_QUERIES
+    from entropy_attn.kernels.launch import architecture, other_gluon
+
+    batch, heads, q_len = query.shape[:3]
+    if q_len <= FEW_QUERIES and not entropy:
+        return DECODE, f"at most {FEW_QUERIES} queries: keys are split over programs"
+    if architecture(query.device) != "sm90":
+        return PORTABLE, "it runs on every GPU"
+    problem = other_gluon()
+    if problem is None:
+        from entropy_attn.kernels.hopper.forward import unsupported
+
+        problem = unsupported(
+            query, key, value, block_size, scale, kv_lens=kv_lens, q_lens=q_lens, window=window,
+            entropy=entropy,
+        )  # fmt: skip
+    if problem is not None:
+        return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
+    # Its launch costs the host more, which does not count where a graph replays it.
+    is_replayed = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    if batch * heads * q_len * key.shape[2] < SMALL and not is_replayed:
+        return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
+    return HOPPER, "tensor memory accelerator, warp specialisation"
 
 
 @torch.library.custom_op("entropy_attn::attention_forward", mutates_args=())
@@ -52,7 +96,7 @@ def attention_forward(
     mass (B, Hq, Mq, W or Mk) is what the kernels' gradient of the tile entropy reads. It takes
     memory, so keep_mass asks for it; without it the tile entropy is not differentiable.
     """
-    heads, q_len = query.shape[1:3]
+    heads = query.shape[1]
     shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     lists = (_a_list_each(kv_num_blocks, heads), _a_list_each(kv_indices, heads), kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
@@ -63,11 +107,20 @@ def attention_forward(
         if tile_entropy:
             tile = reference.tile_entropy(query, key, problem)
         return *rows, tile, mass.clone()
-    from entropy_attn.kernels.decode import FEW_QUERIES, split_forward
+    kernel, _ = forward_kernel(
+        query, key, value, *geometry, kv_lens=kv_lens, q_lens=q_lens,
+        entropy=row_entropy or block_entropy,
+    )  # fmt: skip
+    nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    if kernel == DECODE:
+        from entropy_attn.kernels.decode import split_forward
 
-    if q_len <= FEW_QUERIES and not (row_entropy or block_entropy):
-        nothing = torch.empty_like(tile, dtype=torch.float32)
-        rows = (*split_forward(query, key, value, *shared, *geometry), nothing, nothing.clone())
+        rows = (*split_forward(query, key, value, *shared, *geometry), *nothing)
+    elif kernel == HOPPER:
+        from entropy_attn.kernels.hopper.forward import hopper_forward
+
+        found = hopper_forward(query, key, value, *lists[:2], geometry[0], is_causal, scale)
+        rows = (*found, *nothing)
     else:
         from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton compiles a kernel anew for values of 1 and for
@@ -19,6 +20,8 @@ LENGTHS = (
     "index_stride_b", "index_stride_h", "index_stride_t",
     "terms_a_head", "terms_a_row", "term_stride",
 )  # fmt: skip
+
+GLUON_VERSION = ("3", "6")
 
 # Architectures on which tiles fetched by the copy engine were measured to be faster.
 COPY_ENGINE = ("sm90",)
@@ -42,6 +45,14 @@ def _architecture(index: int) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm{properties.major}{properties.minor}"
+
+
+def other_gluon() -> str | None:
+    """Why kernels in Gluon, whose names change with Triton's versions, cannot run; or None."""
+    version = triton.__version__
+    if tuple(version.split(".")[:2]) == GLUON_VERSION:
+        return None
+    return f"it was tried with Triton {'.'.join(GLUON_VERSION)} only, and this is {version}"
 
 
 def has_copy_engine(arch: str, *tensors: Tensor) -> bool:

@@ -206,7 +206,7 @@ def forward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConf
         # others compute.
         if dtype == torch.float32:
             return RangeConfig(64, cells, part, 0, 4, 3, 396, registers=168, **common)
-        return RangeConfig(64, cells, part, 0, 4, 4, 528, **common)
+        return RangeConfig(64, cells, part, 0, 4, 5, 396, **common)
     if cells == 256 and padded <= 64:
         return RangeConfig(64, 256, part, 0, 8, 3, 132)
     return RangeConfig(64, 128, part, 0, 4, 2, 264)

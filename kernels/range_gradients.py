@@ -149,7 +149,7 @@ def _anchor_kernel(
     BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
     COPY_ENGINE: tl.constexpr, ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     NEED_POINTS: tl.constexpr, NEED_ANCHORS: tl.constexpr, NEED_EXPECTED: tl.constexpr,
-    FUSED: tl.constexpr, OVERLAP: tl.constexpr, UNROUNDED: tl.constexpr,
+    FUSED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sums over a run of tiles of points for a chunk of anchors and a part of the dimensions.
 
@@ -222,7 +222,8 @@ def _anchor_kernel(
             expected = tl.load(expected_ptr + where + lane, mask=lane < left, other=0.0)
         e = p * (g[None, :] - expected[:, None])
         weight = row_weights(weights, outer, head, weight_strides, start + lane, n, HAS_WEIGHTS)
-        if NEED_ANCHORS and UNROUNDED:
+        if NEED_ANCHORS and not CENTRED:
+            # Points in half precision have e in one term: here it is not rounded yet.
             # t less lse / alpha, which is the same for all anchors: e sums to 0 over them.
             of_point = tl.sum(e * log_share, 1)
             if HAS_WEIGHTS:
@@ -281,7 +282,7 @@ def _anchor_kernel(
         flow_sum = tl.max(flow, 1)  # all columns are the same
         if part == 0:
             tl.store(flow_ptr + sums, flow_sum)
-        if UNROUNDED:
+        if not CENTRED:
             # Without sharpness all cells are equal, and to first order it changes no mass.
             inverse = tl.where(factor != 0.0, 1.0 / factor, 0.0)
             slope = tl.where(part == 0, tl.sum(steepness, 0) * inverse * result_unit, 0.0)
@@ -295,8 +296,6 @@ def _anchor_kernel(
                 anchor += low.to(tl.float32)
             anchor *= unit_of_terms
             slopes = 2.0 * product_sum - flow_sum[:, None] * anchor
-            if not CENTRED:
-                slopes -= 2.0 * flow_sum[:, None] * out_origin[None, :]
             slope = tl.sum(tl.sum(slopes * anchor, 1), 0)
         tl.store(slope_ptr + ((batch * splits + split) * chunks + chunk) * parts + part, slope)
 
@@ -366,9 +365,7 @@ def backward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeCon
         return RangeConfig(*shape, 1 if dtype == torch.float32 else 2, 264, **common)
     # Three stages: with two, a tile is asked for at the end of a step and waited for at once.
     common |= {"copy_engine": True, "overlap": True}
-    if dtype == torch.float32:
-        return RangeConfig(*shape, 3, 264, **common)
-    return RangeConfig(*shape, 3, 396, registers=168, **common)
+    return RangeConfig(*shape, 3, 264, **common)
 
 
 def range_gradients(
@@ -435,7 +432,7 @@ def range_gradients(
                 *strides, anchors.stride(), inner, n, k, call.k_padded, call.tiles, share, splits,
                 call.chunks, parts, ONE_CHUNK=call.chunks == 1, NEED_ANCHORS=need_anchors,
                 NEED_EXPECTED=keeps_expected, FUSED=call.fused, OVERLAP=config.overlap,
-                UNROUNDED=config.unrounded, **shape,
+                **shape,
             )  # fmt: skip
         if need_anchors:
             _cell_gradient_kernel[(batch * k,)](

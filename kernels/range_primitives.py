@@ -379,9 +379,6 @@ class RangeConfig:
         fused: leave out the first kernel where a step of a program holds all anchors.
         overlap: start the last kernel before the one ahead has ended, on NVIDIA from sm_90 on.
         copy_engine: let it fetch the points where it can, and write their gradients.
-        unrounded: sum up dalpha from e before it is rounded, at the cost of registers, and not from
-            the sums of dc. Points in half precision have e in one term, so that their dalpha is
-            else no better than their dc.
         registers: the most a thread may have, or None; fewer let more programs run side by side.
     """
 
@@ -397,7 +394,6 @@ class RangeConfig:
     copy_engine: bool = False
     fused: bool = False
     overlap: bool = False
-    unrounded: bool = False
     registers: int | None = None
 
 

@@ -240,6 +240,37 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class Hopper:
+    """A forward of the kernel for sm_90, as calls that are large enough run."""
+
+    head_dim: int
+    block: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = False
+    kv_len: int = 1024
+    dense: bool = False
+
+    def __str__(self) -> str:
+        blocks = "x".join(map(str, self.block))
+        words = [f"Hopper, D={self.head_dim}", f"blocks {blocks}", str(self.dtype).split(".")[1]]
+        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        return ", ".join([*words, f"N={self.kv_len}"])
+
+    def run(self) -> None:
+        from entropy_attn.kernels.hopper import forward
+        from entropy_attn.masks import BlockMask
+
+        forward._device_limits = lambda index: (132, 50 << 20)
+        query = torch.zeros(1, 4, 1000, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
+        mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
+        lists = (None, None) if self.dense else (mask.kv_num_blocks, mask.kv_indices)
+        forward.hopper_forward(
+            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5
+        )
+
+
+@dataclass(frozen=True)
 class TrueMass:
     """The attention mass of tiles, computed from scratch."""
 
@@ -394,10 +425,27 @@ CASES = (
 )
 
 
-def compiled_kernels(arch: str, cases: tuple[Any, ...] = CASES) -> Iterator[Compiled]:
+# Of kernels that are written for one architecture.
+OWN_CASES: dict[str, tuple[Any, ...]] = {
+    "sm90": (
+        Hopper(128, (128, 128)),
+        Hopper(128, (128, 64), is_causal=True, kv_len=1000),
+        Hopper(128, (64, 64), is_causal=True),
+        Hopper(64, (128, 128), torch.float16, is_causal=True, kv_len=1000),
+        Hopper(64, (64, 64)),
+        Hopper(64, (256, 128), dense=True),
+    )
+}
+
+
+def cases_of(arch: str) -> tuple[Any, ...]:
+    return CASES + OWN_CASES.get(arch, ())
+
+
+def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled]:
     """Compile the cases one after the other; this process can launch nothing afterwards."""
     compiler = Compiler(arch)
-    for case in cases:
+    for case in cases or cases_of(arch):
         compiler.case, done = str(case), len(compiler.found)
         case.run()
         yield from compiler.found[done:]

@@ -276,10 +276,13 @@ def test_explain_compares_with_dense_attention(break_even, expected, made, monke
     reason = ea.explain(query, key, value, mask).reason
     assert reason == (
         "the block mask drops blocks, which dense attention would not; "
+        "kernels/block_sparse_forward.py: it runs on every GPU; "
         f"{expected} (measured on sm90, head_dim 64, not causal)"
     )
     full = ea.BlockMask.full(1, 1, 256, 256, 16)
     assert "density" not in ea.explain(query, key, value, full).reason
-    assert ea.explain(query, key, value, mask, backend="reference").reason == "named by the caller"
+    named = ea.explain(query, key, value, mask, backend="reference").reason
+    assert named.startswith("named by the caller")
+    assert "dense" not in named
     made([])
-    assert ";" not in ea.explain(query, key, value, mask).reason
+    assert ea.explain(query, key, value, mask).reason.count(";") == 1

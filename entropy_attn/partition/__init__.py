@@ -69,7 +69,8 @@ def entropy_interval(
     With delta the weighted mean of 1 - max_j p_ij, soft and hard masses differ by at most delta in
     total variation, so their entropies by at most delta log(k - 1) + h(delta), h the entropy of a
     coin (Audenaert, arXiv quant-ph/0610146; Zhang, IEEE Trans. Inf. Theory 53, 2007), cut to
-    [0, log k]. delta is widened by four roundings of its dtype.
+    [0, log k]. delta is widened by four roundings of its dtype, and the bounds by as many of an
+    entropy.
 
     The cells of nearest anchors are convex. Where the family of ranges holds them, the hard
     partition is one of those that range-partition entropy takes the minimum over: ``high`` bounds
@@ -89,10 +90,11 @@ def entropy_interval(
     missed = torch.where(weight > 0, miss * weight, 0.0).sum(-1)
     total = weight.sum(-1)
     delta = torch.where(total > 0, missed / total, 0.0)
-    delta = (delta + 4 * torch.finfo(delta.dtype).eps).clamp(0, 1 - 1 / k)
+    roundings = 4 * torch.finfo(delta.dtype).eps
+    delta = (delta + roundings).clamp(0, 1 - 1 / k)
     rest = 1 - delta
     coin = 0.0 - torch.special.xlogy(delta, delta) - torch.special.xlogy(rest, rest)
-    slack = delta * math.log(max(k - 1, 1)) + coin
+    slack = delta * math.log(max(k - 1, 1)) + coin + roundings * (1 + math.log(k))
     low, high = (soft - slack).clamp(min=0), (soft + slack).clamp(max=math.log(k))
     return low.reshape(given.leading), high.reshape(given.leading)
 

@@ -1,6 +1,4 @@
-"""Simulate the barrier protocol of kernels/hopper/forward.py, one program, in random order.
-
-    python scratch/hopper/protocol_sim.py [runs]
+"""The barrier protocol of kernels/hopper/forward.py, simulated in random order; one program.
 
 Producer, warpgroups and copy engine are generators that are stepped in random order; every step
 of a warpgroup is split where the hardware could be overtaken. Found are: deadlock, a slot that is
@@ -8,8 +6,11 @@ filled while a product still reads it, a slot read before its bytes came or with
 another step, a barrier that runs ahead by more than a phase, an item told wrongly.
 """
 
+from __future__ import annotations
+
 import random
-import sys
+
+import pytest
 
 
 class Barrier:
@@ -213,7 +214,7 @@ def run(seed):
             idle = 0
             continue
         idle = idle + 1 if state(program) == before else 0
-        assert idle < 20000, f"deadlock of {sorted(actors)} with items {items}"
+        assert idle < 5000, f"deadlock of {sorted(actors)} with items {items}"
     assert not program.engine, "a copy was still under way at the end"
 
 
@@ -228,11 +229,27 @@ def state(program):
     )
 
 
-if __name__ == "__main__":
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    for seed in range(runs):
-        try:
-            run(seed)
-        except AssertionError as error:
-            sys.exit(f"seed {seed}: {error}")
-    print(f"{runs} random runs: no deadlock, no slot reused too early, no wrong tile")
+@pytest.mark.parametrize("first", range(0, 120, 40))
+def test_no_deadlock_and_no_slot_is_reused_too_early(first):
+    for seed in range(first, first + 40):
+        run(seed)
+
+
+def many_runs():
+    for seed in range(60):
+        run(seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("wait_empty", "filled while read|overwritten|more arrivals|half written|instead of"),
+        ("wait_full", "half written|instead of|while read|told wrongly|NoneType"),
+        ("release", "deadlock"),
+    ],
+)
+def test_what_is_forgotten_is_found(method, message, monkeypatch):
+    nothing = (lambda *_: None) if method == "release" else lambda *_: iter(())
+    monkeypatch.setattr(Ring, method, nothing)
+    with pytest.raises((AssertionError, TypeError), match=message):
+        many_runs()
