@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.suites import llm, vit
 from entropy_attn.benchmarks.tables import full_records, markdown, per_machine
-from entropy_attn.benchmarks.whole_models import COMPILED, FLASH, OURS, SDPA
+from entropy_attn.benchmarks.whole_models import FLASH, OURS, Attention
 
 
 @dataclass(frozen=True)
@@ -18,21 +19,22 @@ class Shown:
     rate: str
     unit: str
     column: Callable[[dict], str]
+    attentions: tuple[Attention, ...]
 
 
-VIT = Shown("vit", "images_per_s", "images/s", lambda c: f"{c['batch']} x {c['size']} px")
-LLM = Shown("llm", "tokens_per_s", "tokens/s", lambda c: f"{c['model']}, {c['tokens'] // 1024}k")
-
-
-def yardstick(contestant: str) -> str:
-    """FlashAttention alone or, for compiled models, SDPA, which then chooses by itself."""
-    return SDPA.in_graph.name if contestant.endswith(COMPILED) else FLASH
+VIT = Shown(
+    "vit", "images_per_s", "images/s", lambda c: f"{c['batch']} x {c['size']} px",
+    vit.attentions("full"),
+)  # fmt: skip
+LLM = Shown(
+    "llm", "tokens_per_s", "tokens/s", lambda c: f"{c['model']}, {c['tokens'] // 1024}k",
+    llm.attentions("full"),
+)  # fmt: skip
 
 
 def ratio(records: Sequence[Record], record: Record) -> float | None:
-    """How many times faster than `yardstick` in the same case, None where that is missing."""
-    name = yardstick(record.config["contestant"])
-    same = {**record.config, "contestant": name, "sparsity": 0.0}
+    """How many times faster than FlashAttention alone in the same case, None without it."""
+    same = {**record.config, "contestant": FLASH, "sparsity": 0.0}
     for other in records:
         if other.config == same:
             return other.result["median_ms"] / record.result["median_ms"]
@@ -41,6 +43,8 @@ def ratio(records: Sequence[Record], record: Record) -> float | None:
 
 def _table(shown: Shown) -> Callable[[Store], str]:
     def table(records: list[Record]) -> str:
+        names = [attention.name for attention in shown.attentions]
+        records = [r for r in records if r.config["contestant"] in names]
         columns = list(dict.fromkeys(shown.column(r.config) for r in records))
         cells: dict[str, dict[str, str]] = {}
         for record in records:
@@ -56,7 +60,7 @@ def _table(shown: Shown) -> Callable[[Store], str]:
             [name, *(row.get(column, "–") for column in columns)] for name, row in cells.items()
         ]
         setup = (
-            f"{shown.unit}; in brackets how many times {FLASH} alone, or SDPA where compiled. "
+            f"{shown.unit}; in brackets how many times {FLASH} alone. "
             "Selection is part of it. The last row leaves attention out: no attention is faster."
         )
         return f"{setup}\n\n{markdown(['attention', *columns], rows)}"

@@ -64,9 +64,8 @@ def forward_kernel(
         )  # fmt: skip
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
-    # Its launch costs the host more, which does not count where a graph replays it.
-    is_replayed = query.is_cuda and torch.cuda.is_current_stream_capturing()
-    if batch * heads * q_len * key.shape[2] < SMALL and not is_replayed:
+    # By sizes alone, so that a captured graph gives the same numbers as the call that it replays.
+    if batch * heads * q_len * key.shape[2] < SMALL:
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
 

@@ -77,6 +77,13 @@ def paged(problem: Problem, page: int) -> tuple[Tensor, Tensor, Tensor]:
     return *pages, table.to(torch.int32)
 
 
+def compare(problem: Problem, found, plain, exact) -> None:
+    """out and lse; where thousands of values cancel, what remains is rounding of their size."""
+    sizes = (problem.value.abs().max().item(), 0.0)
+    for name, size, *results in zip(("out", "lse"), sizes, found, plain, exact, strict=True):
+        assert_close_to_reference(*results, name, magnitude=size)
+
+
 def check(case: Case, device: str, backend: str) -> None:
     problem, mask = shared_lists(case.build(device))
     with torch.no_grad():
@@ -85,8 +92,7 @@ def check(case: Case, device: str, backend: str) -> None:
     found = ea.block_sparse_attention(
         *problem.inputs, mask or everything, return_lse=True, backend=backend, **problem.options
     )
-    for name, *results in zip(("out", "lse"), found, plain, exact, strict=True):
-        assert_close_to_reference(*results, name)
+    compare(problem, found, plain, exact)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -125,8 +131,7 @@ def check_pages(case: Case, page: int, device: str, backend: str) -> None:
         problem.query, key_pages, value_pages, table, lens, mask, is_causal=case.is_causal,
         window=case.window, return_lse=True, backend=backend,
     )  # fmt: skip
-    for name, *results in zip(("out", "lse"), found, plain, exact, strict=True):
-        assert_close_to_reference(*results, name)
+    compare(problem, found, plain, exact)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
