@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import entropy_attn as ea
 from entropy_attn.errors import BackendUnavailable
 from entropy_attn.geometry import filter as hull_filter
-from entropy_attn.geometry.hull2d import sort_order
+from entropy_attn.geometry.radix import ascending_order
 
 convex_hull = ea.geometry.convex_hull
 coordinates = st.one_of(
@@ -225,8 +225,8 @@ def test_tensors(dim, backend, device):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=300))
-def test_sort_order(numbers):
+def test_ascending_order(numbers):
     x = np.array(numbers, dtype=np.float64)
-    order = sort_order(x)
+    order = ascending_order(x)
     assert sorted(order.tolist()) == list(range(len(x)))
     assert (np.diff(x[order] / 2) >= 0).all()
