@@ -22,33 +22,35 @@ from numba import njit
 from entropy_attn.geometry.polytope import halfspaces
 
 SAMPLE = 4096
-# Directions of the polytopes that are tried one after the other, for 2D and 3D. The first one is
-# spanned by a sample and tested on all points.
-STAGES = {2: (16, 64), 3: (16, 64, 128)}
+# Directions of the polytopes that are tried one after the other, for 2D and 3D. Each is spanned by
+# a sample of the points that the one before has left.
+STAGES = {2: (16, 64), 3: (16, 64, 192)}
 ENOUGH = 1000  # Qhull or a sort take it from here
+WORTHWHILE = 0.25  # a polytope that holds less of the sample costs more than it drops
 BLOCK = 512  # points that are in registers and the first cache at once
 
 
-def candidates(points: np.ndarray) -> np.ndarray:
-    """Ascending indices of points among which are all vertices of the hull, and all not finite.
+def candidates(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points among which are all vertices of the hull, and all that are not finite.
 
     Args:
         points: (n, 2 or 3) float64, contiguous. Whether they are finite is found out on the way.
 
     Returns:
-        (m,) int64. Further copies of a vertex are kept as well.
+        (m,) int64 ascending indices, and (m, d) the points. Further copies of a vertex are kept as
+        well.
     """
-    if len(points) <= ENOUGH:
-        return np.arange(len(points))
     index = None
     for count in STAGES[points.shape[1]]:
-        kept = outside(points, *polytope(_sample(points), count))
-        index = kept if index is None else index[kept]
-        # Further polytopes cost more than they drop where this one dropped little.
-        if len(kept) <= ENOUGH or 2 * len(kept) > len(points):
+        if len(points) <= ENOUGH:
             break
-        points = points[kept]
-    return index
+        sample = _sample(points)
+        limits = polytope(sample, count)
+        if len(outside(sample, *limits)[0]) > (1 - WORTHWHILE) * len(sample):
+            break
+        kept, points = outside(points, *limits)
+        index = kept if index is None else index[kept]
+    return np.arange(len(points)) if index is None else index, points
 
 
 def _sample(points: np.ndarray) -> np.ndarray:
@@ -121,14 +123,15 @@ def extremes(points, directions):
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def outside(points, normals, thresholds, box):
-    """Ascending indices of the points that are not found to be strictly inside.
+    """The points that are not found to be strictly inside: ascending indices, and coordinates.
 
     Points that are not finite are outside: they fail the comparison with the box, and NaN leaves
     the slack as it is.
     """
     total, is_flat = len(points), points.shape[1] == 2
     xs, ys, zs, slack = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    kept, found = np.empty(total + 1, np.int64), 0
+    places = np.empty(BLOCK, np.int64)
+    kept, rest, found = np.empty(total, np.int64), np.empty(points.shape), 0
     for start in range(0, total, BLOCK):
         size = min(BLOCK, total - start)
         _load(points, start, size, xs, ys, zs)
@@ -148,7 +151,14 @@ def outside(points, normals, thresholds, box):
                 for i in range(size):
                     value = nx * xs[i] + (ny * ys[i] + (nz * zs[i] - threshold))
                     slack[i] = value if value < slack[i] else slack[i]
+        here = 0
         for i in range(size):  # without a branch, which would often be predicted wrongly
-            kept[found] = start + i
-            found += not slack[i] > 0.0
-    return kept[:found].copy()
+            places[here] = i
+            here += not slack[i] > 0.0
+        for place in places[:here]:
+            kept[found] = start + place
+            rest[found, 0], rest[found, 1] = xs[place], ys[place]
+            if not is_flat:
+                rest[found, 2] = zs[place]
+            found += 1
+    return kept[:found].copy(), rest[:found].copy()

@@ -91,7 +91,7 @@ def _ends(points, order):
 
 @njit(cache=True, nogil=True)
 def _comes_first(points, order, i, j, turn):
-    """Of two points of one x, whether i is lower (turn 1) or higher (-1), or a copy given before."""
+    """Of two points of one x: is i lower (turn 1) or higher (-1), or a copy given before?"""
     difference = turn * (points[i, 1] - points[j, 1])
     return difference < 0 or (difference == 0 and order[i] < order[j])
 

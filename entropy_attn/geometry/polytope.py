@@ -165,6 +165,4 @@ def span(points):
 def _side(points, a, b, c, d):
     """The 3D orientation of four points by their indices."""
     p, q, r, s = points[a], points[b], points[c], points[d]
-    return orientation_3d(
-        p[0], p[1], p[2], q[0], q[1], q[2], r[0], r[1], r[2], s[0], s[1], s[2]
-    )
+    return orientation_3d(p[0], p[1], p[2], q[0], q[1], q[2], r[0], r[1], r[2], s[0], s[1], s[2])
