@@ -14,7 +14,7 @@ _BUCKETS = 1 << _BITS
 _LAST = np.uint64(_BUCKETS - 1)
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 # Steps of `_repair` a number, after which two more sorts are cheaper.
-_PATIENCE = 8
+_PATIENCE = 4
 
 
 @njit(cache=True, nogil=True)
