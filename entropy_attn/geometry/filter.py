@@ -22,10 +22,9 @@ from numba import njit
 from entropy_attn.geometry.polytope import halfspaces
 
 SAMPLE = 4096
-# Directions of the polytopes that are tried one after the other, for 2D and 3D. Each is spanned by
-# a sample of the points that the one before has left.
-STAGES = {2: (16, 64), 3: (16, 64, 192)}
-ENOUGH = 1000  # Qhull or a sort take it from here
+# Directions of the polytopes that are tried one after the other, for 2D and 3D, and of how many
+# points each pays. A polytope is spanned by a sample of the points that the one before has left.
+STAGES = {2: ((16, 16_000), (64, 16_000)), 3: ((16, 2000), (64, 8000), (192, 8000))}
 WORTHWHILE = 0.25  # a polytope that holds less of the sample costs more than it drops
 BLOCK = 512  # points that are in registers and the first cache at once
 
@@ -41,8 +40,8 @@ def candidates(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         well.
     """
     index = None
-    for count in STAGES[points.shape[1]]:
-        if len(points) <= ENOUGH:
+    for count, least in STAGES[points.shape[1]]:
+        if len(points) < least:
             break
         sample = _sample(points)
         limits = polytope(sample, count)
