@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_attn.benchmarks import report_finetune, report_geometry, report_vision
+from entropy_attn.benchmarks import (
+    report_finetune,
+    report_geometry,
+    report_hulls,
+    report_vision,
+)
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
@@ -298,6 +303,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     **report_finetune.TABLES,
     **report_vision.TABLES,
     **report_geometry.TABLES,
+    **report_hulls.TABLES,
 }
 
 
@@ -354,6 +360,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    for part in (report_finetune, report_vision, report_geometry):
+    for part in (report_finetune, report_vision, report_geometry, report_hulls):
         drawn += part.draw(store, folder)
     return drawn
