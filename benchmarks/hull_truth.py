@@ -35,11 +35,17 @@ def true_vertices(points: np.ndarray, guess: np.ndarray) -> np.ndarray | None:
 
 def differences(truth: np.ndarray, found: np.ndarray) -> tuple[int, int]:
     """How many true vertices were not found, and how many that were found are none; (h, d) each."""
-    found = np.unique(found + 0.0, axis=0)  # -0 is 0
-    both = np.concatenate((truth + 0.0, found))
-    both = both[np.lexsort(both.T)]
-    shared = int((both[1:] == both[:-1]).all(1).sum())
+    found = _distinct(found)
+    both = _distinct(np.concatenate((truth, found)))
+    shared = len(truth) + len(found) - len(both)
     return len(truth) - shared, len(found) - shared
+
+
+def _distinct(points: np.ndarray) -> np.ndarray:
+    """Each point once, sorted: `numpy.unique` along an axis, which takes ten times as long."""
+    points = points[np.lexsort(points.T)] + 0.0  # -0 is 0
+    is_new = np.append(True, (points[1:] != points[:-1]).any(1))
+    return points[is_new[: len(points)]]
 
 
 def is_hull_2d(points: np.ndarray, vertices: np.ndarray) -> bool:
@@ -94,7 +100,7 @@ def _all_left(points, chain):
 def _true_vertices_3d(points: np.ndarray, vertices: np.ndarray) -> np.ndarray | None:
     _, outer = candidates(np.ascontiguousarray(points))
     while True:
-        vertices = np.unique(vertices + 0.0, axis=0)
+        vertices = _distinct(vertices)
         if len(vertices) > MOST_VERTICES:
             return None
         surface = triangles(vertices)
@@ -152,7 +158,7 @@ def _all_of_a_sphere(points: np.ndarray) -> np.ndarray | None:
     """
     from scipy.spatial import cKDTree
 
-    points = np.unique(points + 0.0, axis=0)
+    points = _distinct(points)
     distance, _ = cKDTree(points).query(points, k=2)
     squares = (points * points).sum(1)
     rounding = 1e-14 * squares.max()

@@ -28,23 +28,30 @@ from entropy_attn.benchmarks.timing import measure
 
 # Families where every point, or nearly, is a vertex.
 ALL_VERTICES = ("circle", "sphere")
-SECONDS = 8  # about so long is a contest, but for its check
 
 
 @dataclass(frozen=True)
 class HullPlan:
-    """Sets of a form: (name, n) of families, names of real sets, points of the ordered sets."""
+    """A form.
+
+    Attributes:
+        families: (name, number of points). real: names of real sets.
+        ordered: points of the sets in many orders.
+        seconds: about so long is a contest, but for its check.
+    """
 
     families: tuple[tuple[str, int], ...]
     real: tuple[str, ...]
     ordered: int
+    seconds: float = 0.2
 
     @classmethod
     def of(cls, form: str) -> HullPlan:
         if form == "full":
             plane = [(name, n) for n in (10**5, 10**6, 10**7) for name in FAMILIES]
             space = [(name, n) for n in (10**5, 10**6) for name in SPACE_FAMILIES]
-            return cls((*plane, *space, ("cube", 10**7), ("ball", 10**7)), tuple(REAL_HULLS), 10**6)
+            space += [("cube", 10**7), ("ball", 10**7)]
+            return cls((*plane, *space), tuple(REAL_HULLS), 10**6, 8.0)
         few = tuple((name, 5000) for name in (*FAMILIES, *SPACE_FAMILIES))
         return cls(few, ("cities",) if form == "quick" else (), 5000)
 
@@ -52,7 +59,7 @@ class HullPlan:
 def hull_rows(context: Context, plan: HullPlan | None = None) -> Iterator[Row]:
     plan = plan or HullPlan.of(context.form)
     for name, n in plan.families:
-        yield from _contest(context, name, family(name, n))
+        yield from _contest(context, name, family(name, n), plan.seconds)
     for name in plan.real:
         try:
             points = REAL_HULLS[name]()
@@ -61,17 +68,17 @@ def hull_rows(context: Context, plan: HullPlan | None = None) -> Iterator[Row]:
             result = {"status": "unavailable", "reason": str(error)}
             yield Row(config, result, f"{name} | {error}")
             continue
-        yield from _contest(context, name, points)
+        yield from _contest(context, name, points, plan.seconds)
     for name in ("circle", "square"):
-        yield from _ordered(context, name, plan.ordered)
+        yield from _ordered(context, name, plan)
 
 
-def _contest(context: Context, name: str, points: np.ndarray) -> Iterator[Row]:
+def _contest(context: Context, name: str, points: np.ndarray, seconds: float) -> Iterator[Row]:
     """All libraries on one set: results, then times in interleaved rounds."""
     context.progress(f"hull of {len(points):,} points, {name}")
     n, dim = points.shape
     config = {"form": context.form, "kind": "hull", "points": name, "n": n, "dim": dim}
-    calls, found, seconds = {}, {}, 0.0
+    calls, found, once = {}, {}, 0.0
     for title, library in HULL_LIBRARIES.items():
         most = library.most_vertices if name in ALL_VERTICES else library.most
         if dim not in library.dims or (n > most and name not in REAL_HULLS):
@@ -84,11 +91,11 @@ def _contest(context: Context, name: str, points: np.ndarray) -> Iterator[Row]:
         library.run(points[:5000])  # loads and compiles
         start = time.perf_counter()
         hull = library.run(points)
-        seconds += time.perf_counter() - start
+        once += time.perf_counter() - start
         calls[title] = [partial(library.run, points)]
         found[title] = library.vertices(points, hull)
     truth = true_vertices(points, ea.geometry.convex_hull(points))
-    rounds = max(min(int(SECONDS / seconds), 9), 3 if seconds < 30 else 1)
+    rounds = max(min(int(seconds / once), 9), 3 if once < 30 else 1)
     timings = measure(calls, rounds=rounds, device="cpu")
     qhull = timings.get(QHULL)
     for title, timing in timings.items():
@@ -110,13 +117,14 @@ def _contest(context: Context, name: str, points: np.ndarray) -> Iterator[Row]:
         yield Row({**config, "library": title}, result, text, is_ours=title == OURS)
 
 
-def _ordered(context: Context, name: str, n: int) -> Iterator[Row]:
+def _ordered(context: Context, name: str, plan: HullPlan) -> Iterator[Row]:
     """The same points in orders from random to sorted."""
+    n = plan.ordered
     context.progress(f"hull of {n:,} points in many orders, {name}")
     points = family(name, n)
     orders = orders_along_x(points)
     calls = {order: [partial(ea.geometry.convex_hull, points[p])] for order, p in orders.items()}
-    timings = measure(calls, seconds=SECONDS, device="cpu")
+    timings = measure(calls, seconds=plan.seconds, device="cpu")
     for order, timing in timings.items():
         config = {"form": context.form, "kind": "hull-order", "points": name, "n": n}
         result = {"status": "ok", **timing.as_dict(), "entropy": sorting_entropy(order, n)}

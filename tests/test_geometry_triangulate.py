@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections import Counter
-from pathlib import Path
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
