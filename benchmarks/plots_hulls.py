@@ -42,6 +42,7 @@ def speed_ups(
                 position += len(bars) + 1
             panel.axvline(1.0, color="black", linewidth=0.8)
             panel.set_xscale("log")
+            panel.margins(x=0.08)
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
             panel.set_yticks(list(ticks.values()), list(ticks), fontsize=8.5)
             panel.set_ylim(position - 0.6, -0.8)

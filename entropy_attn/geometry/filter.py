@@ -24,7 +24,7 @@ from entropy_attn.geometry.polytope import halfspaces
 SAMPLE = 4096
 # Directions of the polytopes that are tried one after the other, for 2D and 3D, and of how many
 # points each pays. A polytope is spanned by a sample of the points that the one before has left.
-STAGES = {2: ((16, 16_000), (64, 16_000)), 3: ((16, 2000), (64, 8000), (192, 8000))}
+STAGES = {2: ((16, 16_000), (64, 16_000)), 3: ((16, 2000), (64, 8000), (320, 20_000))}
 WORTHWHILE = 0.25  # a polytope that holds less of the sample costs more than it drops
 BLOCK = 512  # points that are in registers and the first cache at once
 
