@@ -82,6 +82,26 @@ def _ms(record: Record) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def _claim(store: Store) -> str:
+    """The least and the largest gain over families of a million points."""
+
+    def table(records: list[Record]) -> str:
+        rows = []
+        for dim, where in ((2, "in the plane"), (3, "in space")):
+            found = [c for c in contests(records, dim).values() if OURS in c and QHULL in c]
+            if not found:
+                continue
+            over_qhull = [c[OURS].result["over_qhull"] for c in found]
+            over_best = [gain(c)[0] for c in found]
+            wrong = [sum(wrong_vertices(c[name]) or 0 for c in found) for name in (OURS, QHULL)]
+            spans = (f"{min(each):.1f} to {max(each):.1f}" for each in (over_qhull, over_best))
+            rows.append([where, str(len(found)), *spans, *(f"{each:,}" for each in wrong)])
+        header = ["1,000,000 points", "sets", "over Qhull", "over the fastest other"]
+        return markdown([*header, "wrong vertices", "Qhull's"], rows)
+
+    return per_machine(store, SUITE, table, kind="hull", n=10**6)
+
+
 def _orders(store: Store) -> str:
     def table(records: list[Record]) -> str:
         sets = list(dict.fromkeys((r.config["points"], r.config["n"]) for r in records))
@@ -110,6 +130,7 @@ def _versions(store: Store) -> str:
 TABLES: dict[str, Callable[[Store], str]] = {
     "hulls-plane": _table(2),
     "hulls-space": _table(3),
+    "hulls-claim": _claim,
     "hulls-order": _orders,
     "hulls-versions": _versions,
 }

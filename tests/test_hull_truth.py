@@ -119,6 +119,8 @@ def test_tables_and_pictures(tmp_path) -> None:
         "| square, 1,000,000 | 7 | 10.0 | 200 (wrong: 3 missing) | 50.0 | 20.0 | 5.0 (manifold3d) |"
     )
     assert "10.0 (unchecked)" in space
+    claim = report.TABLES["hulls-claim"](store).splitlines()[-2]
+    assert claim == "| in the plane | 1 | 20.0 to 20.0 | 5.0 to 5.0 | 0 | 3 |"
     page = "".join(f"<!-- begin:{name} -->\n<!-- end:{name} -->\n" for name in report.TABLES)
     assert "Not measured yet" not in fill(page, store)
     drawn = [path.name for path in draw(store, tmp_path)]

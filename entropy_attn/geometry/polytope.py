@@ -35,12 +35,8 @@ def halfspaces(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """
     dim = vertices.shape[1]
     facets = np.empty((0, dim), np.int64)
-    if dim == 3:
-        facets = triangles(vertices)
-    elif len(vertices) > 0:
-        corners = hull_2d(vertices)
-        if len(corners) > 2:
-            facets = np.stack((corners, np.roll(corners, -1)), 1)
+    if len(vertices) > 0:
+        facets = edges(vertices) if dim == 2 else triangles(vertices)
     if len(facets) == 0:
         return np.empty((0, dim)), np.empty(0), np.full(dim, -1.0)
     box = np.abs(vertices).max(0)
@@ -91,9 +87,20 @@ def _threshold(normal, size, point, box):
     return offset + (ROUNDINGS * U * scale + UNDERFLOW)
 
 
+def edges(points: np.ndarray) -> np.ndarray:
+    """(f, 2) indices: the border of the hull of points in the plane, counterclockwise.
+
+    Points on a line have none.
+    """
+    corners = hull_2d(points)
+    if len(corners) < 3:
+        return np.empty((0, 2), np.int64)
+    return np.stack((corners, np.roll(corners, -1)), 1)
+
+
 @njit(cache=True, nogil=True)
 def triangles(points):
-    """(f, 3) indices: the surface of the hull of a few points, seen counterclockwise from outside.
+    """(f, 3) indices: the hull of a few points in space, counterclockwise as seen from outside.
 
     Point by point: the triangles that it sees from outside give way to those that join it to the
     border of what it sees. A point in the plane of a triangle does not see it; then it is on the
