@@ -16,7 +16,7 @@ from entropy_attn.geometry.polytope import triangles
 from entropy_attn.geometry.predicates import orientation, orientation_3d
 
 # The exact surface of so many takes some seconds: quadratic time.
-MOST_VERTICES = 16_000
+MOST_VERTICES = 12_000
 
 
 def true_vertices(points: np.ndarray, guess: np.ndarray) -> np.ndarray | None:

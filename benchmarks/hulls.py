@@ -50,7 +50,7 @@ class HullPlan:
         if form == "full":
             plane = [(name, n) for n in (10**5, 10**6, 10**7) for name in FAMILIES]
             space = [(name, n) for n in (10**5, 10**6) for name in SPACE_FAMILIES]
-            space += [("cube", 10**7), ("ball", 10**7)]
+            space += [("cube", 10**7), ("gauss, 3D", 10**7)]
             return cls((*plane, *space), tuple(REAL_HULLS), 10**6, 8.0)
         few = tuple((name, 5000) for name in (*FAMILIES, *SPACE_FAMILIES))
         return cls(few, ("cities",) if form == "quick" else (), 5000)

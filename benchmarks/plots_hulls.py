@@ -68,10 +68,10 @@ def time_against_order(
             entropies, times, names = zip(*ordered, strict=True)
             axes.plot(entropies, times, linewidth=0.8, markersize=5, label=points, **style)
             if index == 0:
-                for at, (x, y, name) in enumerate(zip(entropies, times, names, strict=True)):
-                    above = at % 2 == 0
+                for x, y, name in zip(entropies, times, names, strict=True):
+                    below = name.endswith("runs")
                     axes.annotate(
-                        name, (x, y), xytext=(0, 7 if above else -13), ha="center", fontsize=7,
+                        name, (x, y), xytext=(0, -13 if below else 7), ha="center", fontsize=7,
                         textcoords="offset points",
                     )  # fmt: skip
         axes.set_ylim(bottom=0)
