@@ -60,7 +60,7 @@ def judge_perplexity(store: Store) -> tuple[str, str]:
 
 
 def _of_any_machine(store: Store) -> Store:
-    """What runs on a CPU was measured on another machine than the page is about: on the last one."""
+    """What runs on a CPU was measured on another machine than the page is about: the last one."""
     return Newest(store.directory)
 
 
