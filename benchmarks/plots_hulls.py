@@ -69,13 +69,13 @@ def time_against_order(
             axes.plot(entropies, times, linewidth=0.8, markersize=5, label=points, **style)
             if index == 0:
                 for x, y, name in zip(entropies, times, names, strict=True):
-                    below = name.endswith("runs")
+                    below = name.endswith("slabs")
                     axes.annotate(
                         name, (x, y), xytext=(0, -13 if below else 7), ha="center", fontsize=7,
                         textcoords="offset points",
                     )  # fmt: skip
+        axes.margins(x=0.08, y=0.1)
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.08)
         axes.set_xlabel("left to sort, nats a point")
         axes.set_ylabel("ms")
         axes.set_title(title, loc="left")
