@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from entropy_attn.benchmarks import (
     report_finetune,
     report_geometry,
+    report_hulls,
     report_models,
     report_vision,
 )
@@ -324,6 +325,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     **report_finetune.TABLES,
     **report_vision.TABLES,
     **report_geometry.TABLES,
+    **report_hulls.TABLES,
 }
 
 
@@ -380,6 +382,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    for part in (report_finetune, report_vision, report_geometry):
+    for part in (report_finetune, report_vision, report_geometry, report_hulls):
         drawn += part.draw(store, folder)
     return drawn

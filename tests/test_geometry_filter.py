@@ -12,10 +12,11 @@ pytest.importorskip("numba")
 
 import numpy as np
 import torch
-from hull_cases import KINDS, exact_orientation, hard_numbers
+from hull_cases import KINDS, exact_hull_3d, exact_orientation, hard_numbers
 
 from entropy_attn.geometry import filter as hull_filter
 from entropy_attn.geometry import ops
+from entropy_attn.geometry.polytope import halfspaces, triangles
 
 
 def is_strictly_inside(point, vertices, planes) -> bool:
@@ -49,7 +50,7 @@ def test_what_is_dropped_is_strictly_inside(dim, kind):
         planes = supporting_planes(vertices, dim)
         middle = vertices / len(vertices)
         points += [middle.sum(0), *vertices, *(vertices / 2 + vertices[0] / 2)]
-        kept = hull_filter.outside(np.array(points), *hull_filter.halfspaces(vertices))
+        kept = hull_filter.outside(np.array(points), *halfspaces(vertices))[0]
         for i in set(range(len(points))) - set(kept.tolist()):
             assert planes
             assert is_strictly_inside(points[i], vertices, planes)
@@ -59,22 +60,44 @@ def test_what_is_dropped_is_strictly_inside(dim, kind):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_halfspaces_are_those_of_the_facets(dim):
-    """The corners of a cube, the middles of its edges and faces: each plane comes up once."""
+    """The corners of a cube, the middles of its edges and faces."""
     grid = np.stack(np.meshgrid(*[[0.0, 1.0, 2.0]] * dim), -1).reshape(-1, dim)
-    normals, thresholds, box = hull_filter.halfspaces(grid)
-    assert len(normals) == len(thresholds) == 2 * dim
+    normals, thresholds, box = halfspaces(grid)
+    planes = np.column_stack((normals, thresholds.round(9)))
+    planes /= np.abs(normals).max(1)[:, None]
+    expected = [[*row, offset] for s, offset in ((1, 0), (-1, -2)) for row in s * np.eye(dim)]
+    assert {tuple(plane) for plane in (planes + 0.0).tolist()} == {tuple(p) for p in expected}
     assert box.tolist() == [2.0] * dim
-    assert hull_filter.outside(grid, normals, thresholds, box).tolist() == [
+    assert hull_filter.outside(grid, normals, thresholds, box)[0].tolist() == [
         i for i, point in enumerate(grid) if not (point == 1.0).all()
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_triangles_are_the_surface_of_the_hull(kind):
+    numbers = random.Random(kind)
+    for _ in range(8):
+        points = [[hard_numbers(kind, numbers) for _ in range(3)] for _ in range(9)]
+        points += points[:2]
+        found = triangles(np.array(points)).tolist()
+        edges = [pair for a, b, c in found for pair in ((a, b), (b, c), (c, a))]
+        assert len(set(edges)) == len(edges), "some edge has two triangles on one side"
+        assert {(b, a) for a, b in edges} == set(edges), "the surface is not closed"
+        for a, b, c in found:
+            corners = [points[a], points[b], points[c]]
+            sides = {exact_orientation(*corners, point) for point in points}
+            assert sides == {0, 1}, points
+        assert not found or set(exact_hull_3d(points)) <= {
+            points.index(points[i]) for i, _ in edges
+        }
 
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_flat_polytopes_hold_nothing(dim):
     line = np.arange(4.0)[:, None] * np.arange(1.0, dim + 1)
     for vertices in (line, line[:1], line[:0]):
-        limits = hull_filter.halfspaces(vertices)
-        assert hull_filter.outside(line, *limits).tolist() == [0, 1, 2, 3]
+        limits = halfspaces(vertices)
+        assert hull_filter.outside(line, *limits)[0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -88,9 +111,9 @@ def test_extremes_are_the_furthest(dim):
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_kept(dim, bad):
-    points = np.random.default_rng(1).random((5000, dim))
-    points[[0, 1234, 4999], [0, 1, dim - 1]] = bad
-    assert {0, 1234, 4999} <= set(hull_filter.candidates(points).tolist())
+    points = np.random.default_rng(1).random((20_000, dim))
+    points[[0, 1234, 19_999], [0, 1, dim - 1]] = bad
+    assert {0, 1234, 19_999} <= set(hull_filter.candidates(points)[0].tolist())
 
 
 def test_overflows_keep_points():
@@ -99,7 +122,7 @@ def test_overflows_keep_points():
     for scale in (1e308, 1e200, 1e150, 1e-150, 5e-324):
         square = corners * scale
         points = np.concatenate([square, [(0.0, 0.0), (1.7e308, 1.7e308), (1.7e308, -1.7e308)]])
-        kept = hull_filter.outside(points, *hull_filter.halfspaces(square))
+        kept = hull_filter.outside(points, *halfspaces(square))[0]
         assert {0, 1, 2, 3, 5, 6} <= set(kept.tolist())
         assert (4 in kept) == (scale not in (1e150, 1e-150, 1.0))
 
@@ -133,7 +156,7 @@ def test_filters_of_tensors_agree_with_numba(dim, dtype, backend, device):
     assert kept[0].sum() < total // 2
     exact = np.ascontiguousarray(points[0].cpu().double().numpy())
     vertices = np.unique(exact[found[0].numpy()], axis=0)
-    expected = hull_filter.outside(exact, *hull_filter.halfspaces(vertices))
+    expected = hull_filter.outside(exact, *halfspaces(vertices))[0]
     assert kept[0].nonzero()[:, 0].tolist() == expected.tolist()
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,9 +223,26 @@ def test_what_is_missing_is_named(monkeypatch) -> None:
     points = np.array([[0.0, 0], [1, 0], [0, 1]])
     with pytest.raises(ImportError, match="pip install startinpy"):
         ea.geometry.triangulate(points, library="startinpy")
-    with pytest.raises(ImportError, match="pip install pythoncdt or startinpy"):
+    with pytest.raises(
+        ImportError, match=r"pip install 'entropy-attn\[geometry\]', or pythoncdt or st"
+    ):
         ea.geometry.triangulate(points)
     assert len(ea.geometry.triangulate(points, library="scipy")) == 1
+
+
+def test_the_extra_is_enough(monkeypatch) -> None:
+    """On a fresh install of it there is an exact library, and "auto" finds it."""
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    with project.open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["geometry"]
+    assert "pythoncdt" in extra
+    pytest.importorskip("pythoncdt")
+    monkeypatch.setattr(
+        module, "find_spec", lambda name: importlib.util.find_spec(name) if name in extra else None
+    )
+    assert module.choose_library().package == "pythoncdt"
+    assert len(ea.geometry.triangulate([(0, 0), (1, 0), (0, 1), (1, 1)])) == 2
 
 
 def test_the_extra_is_named(monkeypatch) -> None:

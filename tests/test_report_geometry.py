@@ -13,6 +13,7 @@ pytest.importorskip("scipy")
 
 from entropy_attn.benchmarks import points as point_sets  # noqa: E402
 from entropy_attn.benchmarks import report_geometry as report  # noqa: E402
+from entropy_attn.benchmarks.hulls import HullPlan  # noqa: E402
 from entropy_attn.benchmarks.orders import all_orders  # noqa: E402
 from entropy_attn.benchmarks.registry import SUITES, Context  # noqa: E402
 from entropy_attn.benchmarks.report import draw, fill  # noqa: E402
@@ -82,11 +83,13 @@ def test_the_suite_runs(tmp_path, monkeypatch) -> None:
     few = ("square", "circle")
     plan = suite.Plan(600, 500, 1, 1, few, few, few, ())
     monkeypatch.setattr(suite.Plan, "of", lambda form: plan)
+    hulls = HullPlan((("disk", 500), ("sphere", 500), ("cube", 500)), (), 500)
+    monkeypatch.setattr(HullPlan, "of", lambda form: hulls)
     context = Context(torch.device("cpu"), True, tmp_path, measures_cpu=True)
     rows = list(SUITES["geometry"].run(context))
     assert {row.result["status"] for row in rows} <= {"ok", "unavailable"}
     measured = [row for row in rows if row.result["status"] == "ok"]
-    kinds = {"order", "entropy", "triangulate", "whole"}
+    kinds = {"hull", "hull-order", "order", "entropy", "triangulate", "whole"}
     assert kinds - {"entropy"} <= {row.config["kind"] for row in measured} <= kinds
     counts: dict[tuple, set[int]] = {}
     for row in measured:

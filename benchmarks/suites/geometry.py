@@ -1,8 +1,9 @@
-"""Orders of points: what they cost, their entropy, and the triangulations that they speed up.
+"""Hulls; orders of points: what they cost, their entropy, the triangulations that they speed up.
 
-CPU only. Four kinds of records: "order" is the time of a permutation; "entropy" sets the entropy of
-many orders against run times; "triangulate" compares the main orders at full size, with the time
-of ordering apart; "whole" is `ea.geometry.triangulate` against the libraries as they come.
+CPU only. Hulls have a module of their own, `hulls`. Of the others there are four kinds of records:
+"order" is the time of a permutation; "entropy" sets the entropy of many orders against run times;
+"triangulate" compares the main orders at full size, with the time of ordering apart; "whole" is
+`ea.geometry.triangulate` against the libraries as they come.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 import entropy_attn as ea
+from entropy_attn.benchmarks.hulls import hull_rows
 from entropy_attn.benchmarks.orders import BRIO, HILBERT, RANDOM, all_orders, main_orders
 from entropy_attn.benchmarks.points import FAMILIES, REAL, PointsNotFound, family, real
 from entropy_attn.benchmarks.registry import Context, Row
@@ -51,7 +53,7 @@ class Plan:
 
 def run(context: Context) -> Iterator[Row]:
     plan = Plan.of(context.form)
-    yield from _hulls(context, plan)
+    yield from hull_rows(context)
     for name in plan.families:
         yield from _orders(context, name, plan)
     for name in plan.entropy_families:
@@ -62,14 +64,6 @@ def run(context: Context) -> Iterator[Row]:
         yield from _whole(context, name, points, plan)
     for name in plan.real:
         yield from _real(context, name, plan)
-
-
-# --- hulls: the place for contestants of `ea.geometry.convex_hull` ---
-
-
-def _hulls(context: Context, plan: Plan) -> Iterator[Row]:
-    """Records of kind "hull" belong here; `points.family` has the sets."""
-    yield from ()
 
 
 # --- orders ---

@@ -1,6 +1,7 @@
 """Exact computational geometry of point sets, on the CPU and on a GPU; docs/geometry.md.
 
-Needs NumPy, SciPy and numba: ``pip install entropy-attn[geometry]``. Compiled code is kept beside
+Needs NumPy, SciPy and numba, and pythoncdt or startinpy to triangulate:
+``pip install entropy-attn[geometry]`` brings all but the last. Compiled code is kept beside
 the modules or, where that cannot be written to, in numba's cache folder of the user.
 """
 

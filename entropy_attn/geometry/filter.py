@@ -5,10 +5,8 @@ polytope lies strictly inside the hull and is no vertex. Two things make this ex
 
 - Any input points may span the polytope, so extremes need not be exact, nor of all points: those of
   a small sample cost next to nothing.
-- The polytope is the intersection of the halfspaces of its facets, and each facet's plane goes
-  through two (three) of its vertices and has all others on one side. `halfspaces` tries all pairs
-  (triples) with exact predicates, so that none is missing. A point is dropped where it is inside
-  each halfspace by more than all roundings of that test; the bound stands at `_threshold`.
+- Its facets are found by exact predicates, and a point is dropped where it is inside each of their
+  halfspaces by more than all roundings of that test; see `polytope.halfspaces`.
 
 So vertices of the hull are never dropped, nor copies of them, nor what is not finite.
 """
@@ -21,41 +19,37 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from entropy_attn.geometry.predicates import U, orientation, orientation_3d
+from entropy_attn.geometry.polytope import halfspaces
 
 SAMPLE = 4096
-# Directions of the polytopes that are tried one after the other, for 2D and 3D. The first one is
-# spanned by a sample and tested on all points.
-STAGES = {2: (16, 64), 3: (16, 64, 128)}
-ENOUGH = 1000  # Qhull or a sort take it from here
+# Directions of the polytopes that are tried one after the other, for 2D and 3D, and of how many
+# points each pays. A polytope is spanned by a sample of the points that the one before has left.
+STAGES = {2: ((16, 16_000), (64, 16_000)), 3: ((16, 2000), (64, 8000), (320, 20_000))}
+WORTHWHILE = 0.25  # a polytope that holds less of the sample costs more than it drops
 BLOCK = 512  # points that are in registers and the first cache at once
 
-# Of a test, see `_threshold`.
-ROUNDINGS = 32.0
-UNDERFLOW = 2.0**-1000
-LARGE = 2.0**1000
 
-
-def candidates(points: np.ndarray) -> np.ndarray:
-    """Ascending indices of points among which are all vertices of the hull, and all not finite.
+def candidates(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points among which are all vertices of the hull, and all that are not finite.
 
     Args:
         points: (n, 2 or 3) float64, contiguous. Whether they are finite is found out on the way.
 
     Returns:
-        (m,) int64. Further copies of a vertex are kept as well.
+        (m,) int64 ascending indices, and (m, d) the points. Further copies of a vertex are kept as
+        well.
     """
-    if len(points) <= ENOUGH:
-        return np.arange(len(points))
     index = None
-    for count in STAGES[points.shape[1]]:
-        kept = outside(points, *polytope(_sample(points), count))
-        index = kept if index is None else index[kept]
-        # Further polytopes cost more than they drop where this one dropped little.
-        if len(kept) <= ENOUGH or 2 * len(kept) > len(points):
+    for count, least in STAGES[points.shape[1]]:
+        if len(points) < least:
             break
-        points = points[kept]
-    return index
+        sample = _sample(points)
+        limits = polytope(sample, count)
+        if len(outside(sample, *limits)[0]) > (1 - WORTHWHILE) * len(sample):
+            break
+        kept, points = outside(points, *limits)
+        index = kept if index is None else index[kept]
+    return np.arange(len(points)) if index is None else index, points
 
 
 def _sample(points: np.ndarray) -> np.ndarray:
@@ -65,11 +59,11 @@ def _sample(points: np.ndarray) -> np.ndarray:
 
 
 def polytope(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The halfspaces of extreme points along ``count`` directions; see `halfspaces`."""
+    """The halfspaces of extreme points along ``count`` directions; see `polytope.halfspaces`."""
     if len(points) == 0:
         return halfspaces(points)
     found = extremes(points, directions(count, points.shape[1]))
-    return halfspaces(np.unique(points[found], axis=0))
+    return halfspaces(points[np.unique(found)])
 
 
 @cache
@@ -83,146 +77,6 @@ def directions(count: int, dim: int) -> np.ndarray:
     angle = math.pi * (3 - math.sqrt(5)) * steps
     radius = np.sqrt(1 - height * height)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), height], 1)
-
-
-def halfspaces(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The convex hull of a few points, as what a point strictly inside it fulfils.
-
-    Args:
-        vertices: (m, d) distinct, finite.
-
-    Returns:
-        normals (f, d), thresholds (f,) and box (d,). A point x with |x| <= box in each coordinate
-        and normal . x > threshold for each halfspace, computed in float64 with or without fused
-        multiply-adds, lies strictly inside. Without volume there is no inside: f = 0, and the box
-        is -1.
-    """
-    find = _halfspaces_2d if vertices.shape[1] == 2 else _halfspaces_3d
-    normals, thresholds = find(vertices)
-    if len(normals) == 0:
-        return normals, thresholds, np.full(vertices.shape[1], -1.0)
-    return normals, thresholds, np.abs(vertices).max(0)
-
-
-@njit(cache=True, nogil=True)
-def _threshold(normal, size, point, box):
-    """What normal . x must exceed for a point x of the box to be strictly inside.
-
-    The plane through ``point`` has an exact normal N; |normal - N| <= 4 U size and |N| <= size in
-    each coordinate. With S = size . box, in units of U S: the rounded normal changes
-    N . (x - point) by at most 8, since |x - point| <= 2 box; the caller's products and sums, which
-    may reach 2 S, are off by at most 8, and this threshold by 5. ROUNDINGS is above their sum.
-
-    What underflows in a normal is below 2^-1073, and multiplied by the box: hence the first
-    UNDERFLOW. All other underflows are below the second. Where something could overflow, the normal
-    is set to 0 and the threshold is infinite: the test fails for every point.
-    """
-    offset, scale = 0.0, 0.0
-    for i in range(len(normal)):
-        offset += normal[i] * point[i]
-        scale += (size[i] + UNDERFLOW) * box[i]
-    if not scale < LARGE:
-        normal[:] = 0.0
-        return np.inf
-    return offset + (ROUNDINGS * U * scale + UNDERFLOW)
-
-
-@njit(cache=True, nogil=True)
-def _box(vertices):
-    box = np.zeros(vertices.shape[1])
-    for vertex in vertices:
-        box = np.maximum(box, np.abs(vertex))
-    return box
-
-
-@njit(cache=True, nogil=True)
-def _halfspaces_2d(vertices):
-    """Lines through two vertices that have no vertices on one side; each line once."""
-    count, box = len(vertices), _box(vertices)
-    normals, thresholds = np.empty((count * count, 2)), np.empty(count * count)
-    found = 0
-    for i in range(count):
-        for j in range(i + 1, count):
-            a, b = vertices[i], vertices[j]
-            side = 0
-            for k in range(count):
-                if k in (i, j):
-                    continue
-                c = vertices[k]
-                turn = orientation(a[0], a[1], b[0], b[1], c[0], c[1])
-                # i and j must be the first two on their line, and all others on one side of it.
-                if turn == -side != 0 or (turn == 0 and k < j):
-                    side = 0
-                    break
-                side = turn if turn != 0 else side
-            if side != 0:
-                normal = np.array([a[1] - b[1], b[0] - a[0]]) * side
-                thresholds[found] = _threshold(normal, np.abs(normal) * (1 + 4 * U), a, box)
-                normals[found] = normal
-                found += 1
-    return normals[:found].copy(), thresholds[:found].copy()
-
-
-@njit(cache=True, nogil=True)
-def _halfspaces_3d(vertices):
-    """Planes through three vertices that have no vertices on one side; each plane once."""
-    count, box = len(vertices), _box(vertices)
-    normals, thresholds = np.empty((2 * count, 3)), np.empty(2 * count)
-    order, found = np.arange(count), 0
-    for i in range(count):
-        for j in range(i + 1, count):
-            for k in range(j + 1, count):
-                side = _side_of_triple(vertices, order, i, j, k)
-                if side == 0:
-                    continue
-                u, w = vertices[j] - vertices[i], vertices[k] - vertices[i]
-                normal, size = np.empty(3), np.empty(3)
-                for x in range(3):
-                    y, z = (x + 1) % 3, (x + 2) % 3
-                    # Inside is below the plane where side is 1.
-                    normal[x] = (u[z] * w[y] - u[y] * w[z]) * side
-                    size[x] = abs(u[y] * w[z]) + abs(u[z] * w[y])
-                thresholds[found] = _threshold(normal, size, vertices[i], box)
-                normals[found] = normal
-                found += 1
-    return normals[:found].copy(), thresholds[:found].copy()
-
-
-@njit(cache=True, nogil=True)
-def _side_of_triple(vertices, order, i, j, k):
-    """The sign of orientation_3d of all vertices off the plane of three, 0 where it differs.
-
-    Also 0 where i, j, k are not the first three of their plane that span it. A vertex that tells so
-    moves to the front of ``order``: it is likely to tell for the next triple too.
-    """
-    ax, ay, az = vertices[i, 0], vertices[i, 1], vertices[i, 2]
-    bx, by, bz = vertices[j, 0], vertices[j, 1], vertices[j, 2]
-    cx, cy, cz = vertices[k, 0], vertices[k, 1], vertices[k, 2]
-    side = 0
-    for place in range(len(order)):
-        m = order[place]
-        if m in (i, j, k):
-            continue
-        dx, dy, dz = vertices[m, 0], vertices[m, 1], vertices[m, 2]
-        turn = orientation_3d(ax, ay, az, bx, by, bz, cx, cy, cz, dx, dy, dz)
-        differs = turn == -side != 0
-        if turn == 0 and m < k:
-            differs = m < j or not collinear_3d(vertices[i], vertices[j], vertices[m])
-        if differs:
-            for later in range(place, 0, -1):
-                order[later] = order[later - 1]
-            order[0] = m
-            return 0
-        side = turn if turn != 0 else side
-    return side
-
-
-@njit(cache=True, nogil=True)
-def collinear_3d(a, b, c):
-    """Whether three points of space lie on a line, exactly: their three shadows do."""
-    flat = orientation(a[0], a[1], b[0], b[1], c[0], c[1]) == 0
-    flat = flat and orientation(a[1], a[2], b[1], b[2], c[1], c[2]) == 0
-    return flat and orientation(a[2], a[0], b[2], b[0], c[2], c[0]) == 0
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -268,14 +122,15 @@ def extremes(points, directions):
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def outside(points, normals, thresholds, box):
-    """Ascending indices of the points that are not found to be strictly inside.
+    """The points that are not found to be strictly inside: ascending indices, and coordinates.
 
     Points that are not finite are outside: they fail the comparison with the box, and NaN leaves
     the slack as it is.
     """
     total, is_flat = len(points), points.shape[1] == 2
     xs, ys, zs, slack = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    kept, found = np.empty(total, np.int64), 0
+    places = np.empty(BLOCK, np.int64)
+    kept, rest, found = np.empty(total, np.int64), np.empty(points.shape), 0
     for start in range(0, total, BLOCK):
         size = min(BLOCK, total - start)
         _load(points, start, size, xs, ys, zs)
@@ -295,8 +150,14 @@ def outside(points, normals, thresholds, box):
                 for i in range(size):
                     value = nx * xs[i] + (ny * ys[i] + (nz * zs[i] - threshold))
                     slack[i] = value if value < slack[i] else slack[i]
-        for i in range(size):
-            if not slack[i] > 0.0:
-                kept[found] = start + i
-                found += 1
-    return kept[:found].copy()
+        here = 0
+        for i in range(size):  # without a branch, which would often be predicted wrongly
+            places[here] = i
+            here += not slack[i] > 0.0
+        for place in places[:here]:
+            kept[found] = start + place
+            rest[found, 0], rest[found, 1] = xs[place], ys[place]
+            if not is_flat:
+                rest[found, 2] = zs[place]
+            found += 1
+    return kept[:found].copy(), rest[:found].copy()

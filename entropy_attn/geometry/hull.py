@@ -65,9 +65,7 @@ def _hull(points: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
     """`convex_hull` of (n, d) float64, which the caller knows as ``rows`` (by default as given)."""
     if len(points) == 0:
         return np.empty(0, np.int64)
-    index = candidates(points)
-    if len(index) < len(points):
-        points = points[index]
+    index, points = candidates(points)
     rows = index if rows is None else rows[index]
     check_finite(points, rows)
     return rows[hull_2d(points) if points.shape[1] == 2 else hull_3d(points)]

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from entropy_attn.geometry.predicates import orientation
+from entropy_attn.geometry.radix import ascending_order
 
 
 def hull_2d(points: np.ndarray) -> np.ndarray:
@@ -24,7 +25,7 @@ def hull_2d(points: np.ndarray) -> np.ndarray:
         of a point the smallest index.
     """
     x = points[:, 0]
-    order = np.arange(len(x)) if is_ascending(x) else sort_order(x)
+    order = np.arange(len(x)) if is_ascending(x) else ascending_order(x)
     return _monotone_chain(points.take(order, 0), order)
 
 
@@ -38,49 +39,26 @@ def is_ascending(x):
 
 
 @njit(cache=True, nogil=True)
-def sort_order(x):
-    """(n,) indices that sort finite float64 x: a radix sort, least significant byte first.
-
-    The bits of doubles sort as integers do once the sign is flipped, and all of the negative ones.
-    """
-    total, byte = len(x), np.uint64(255)
-    keys, order = np.empty(total, np.uint64), np.empty(total, np.int64)
-    counts = np.zeros((8, 256), np.int64)
-    number = np.empty(1)
-    bits = number.view(np.uint64)
-    for i in range(total):
-        number[0] = x[i]
-        sign = np.uint64(1) << np.uint64(63)
-        key = ~bits[0] if bits[0] & sign else bits[0] ^ sign
-        keys[i], order[i] = key, i
-        for place in range(8):
-            counts[place, (key >> np.uint64(8 * place)) & byte] += 1
-    next_keys, next_order = np.empty_like(keys), np.empty_like(order)
-    for place in range(8):
-        begin, shift = counts[place], np.uint64(8 * place)
-        if total == 0 or begin[(keys[0] >> shift) & byte] == total:
-            continue
-        before = 0
-        for digit in range(256):
-            before, begin[digit] = before + begin[digit], before
-        for i in range(total):
-            digit = (keys[i] >> shift) & byte
-            to = begin[digit]
-            begin[digit] = to + 1
-            next_keys[to], next_order[to] = keys[i], order[i]
-        keys, next_keys = next_keys, keys
-        order, next_order = next_order, order
-    return order
-
-
-@njit(cache=True, nogil=True)
 def _monotone_chain(points, order):
     """Indices of vertices from points in ascending order of x, and their indices.
 
     The order within one x does not matter.
     """
-    lowest, highest = _columns(points, order)
-    lower, upper = _half(points, lowest, 1), _half(points, highest, -1)
+    first, last = _ends(points, order)
+    # What lies below the line between the ends is of the lower hull at most, what lies above of the
+    # upper one; what lies on it is no vertex.
+    total = len(points)
+    below, above = np.empty(total + 1, np.int64), np.empty(total + 1, np.int64)
+    below[0] = above[0] = first
+    low = high = 1
+    for i in range(total):
+        side = _turn(points, first, last, i)
+        below[low] = above[high] = i
+        low += side < 0
+        high += side > 0
+    below[low] = above[high] = last
+    lower = _half(points, order, below[: low + 1], 1)
+    upper = _half(points, order, above[: high + 1], -1)
     # From the leftmost column along the lower chain, then back; ends that coincide count once.
     vertices = np.empty(len(lower) + len(upper), np.int64)
     size = len(lower)
@@ -95,45 +73,41 @@ def _monotone_chain(points, order):
 
 
 @njit(cache=True, nogil=True)
-def _columns(points, order):
-    """(columns,) places of the lowest and of the highest point of each distinct x.
-
-    That of the smallest index among copies. Others of the column lie between: no vertices.
-    """
-    total, count = len(order), -1
-    lowest, highest = np.empty(total, np.int64), np.empty(total, np.int64)
-    for i in range(total):
-        x, y = points[i, 0], points[i, 1]
-        if count < 0 or x != points[lowest[count], 0]:
-            count += 1
-            lowest[count] = highest[count] = i
-            continue
-        low, high = lowest[count], highest[count]
-        if y < points[low, 1] or (y == points[low, 1] and order[i] < order[low]):
-            lowest[count] = i
-        if y > points[high, 1] or (y == points[high, 1] and order[i] < order[high]):
-            highest[count] = i
-    return lowest[: count + 1], highest[: count + 1]
+def _ends(points, order):
+    """Places of the lexicographically smallest and largest point; of copies the smallest index."""
+    first, last = 0, len(points) - 1
+    for i in range(1, len(points)):
+        if points[i, 0] != points[0, 0]:
+            break
+        if _comes_first(points, order, i, first, 1):
+            first = i
+    for i in range(len(points) - 2, -1, -1):
+        if points[i, 0] != points[last, 0]:
+            break
+        if _comes_first(points, order, i, last, -1):
+            last = i
+    return first, last
 
 
 @njit(cache=True, nogil=True)
-def _half(points, columns, turn):
-    """Those of the columns that are vertices of the lower hull (turn 1) or of the upper (-1)."""
-    if len(columns) <= 2:
-        return columns
-    # Only what lies beyond the line between the ends: half of the points are of the other hull.
-    a, z = columns[0], columns[-1]
-    beyond, count = np.empty(len(columns), np.int64), 0
-    for c in columns:
-        beyond[count] = c
-        count += turn * _turn(points, a, z, c) < 0
-    beyond[count] = z
-    kept, size = np.empty(count + 2, np.int64), 1
-    kept[0] = a
-    for i in range(count + 1):
-        while size >= 2 and turn * _turn(points, kept[size - 2], kept[size - 1], beyond[i]) <= 0:
+def _comes_first(points, order, i, j, turn):
+    """Of two points of one x: is i lower (turn 1) or higher (-1), or a copy given before?"""
+    difference = turn * (points[i, 1] - points[j, 1])
+    return difference < 0 or (difference == 0 and order[i] < order[j])
+
+
+@njit(cache=True, nogil=True)
+def _half(points, order, places, turn):
+    """Those of the places that are vertices of the lower hull (turn 1) or of the upper (-1)."""
+    kept, size = np.empty(len(places), np.int64), 0
+    for place in places:
+        if size > 0 and points[place, 0] == points[kept[size - 1], 0]:
+            if not _comes_first(points, order, place, kept[size - 1], turn):
+                continue
             size -= 1
-        kept[size] = beyond[i]
+        while size >= 2 and turn * _turn(points, kept[size - 2], kept[size - 1], place) <= 0:
+            size -= 1
+        kept[size] = place
         size += 1
     return kept[:size]
 

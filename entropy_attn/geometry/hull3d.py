@@ -8,11 +8,11 @@ space at all is decided exactly, and flat sets are left to the exact hull of the
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from entropy_attn.geometry.filter import collinear_3d
-from entropy_attn.geometry.hull2d import hull_2d, sort_order
-from entropy_attn.geometry.predicates import orientation, orientation_3d
+from entropy_attn.geometry.copies import first_of_equals
+from entropy_attn.geometry.hull2d import hull_2d
+from entropy_attn.geometry.polytope import span
+from entropy_attn.geometry.predicates import orientation
 
 
 def hull_3d(points: np.ndarray) -> np.ndarray:
@@ -27,12 +27,16 @@ def hull_3d(points: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the points span space, but by so little that Qhull cannot tell.
     """
-    rank, first, second, third = span(points)
+    rank, spanning = span(points)
     if rank < 3:
-        axes = _shadow(points[[first, second, third]])
+        axes = _shadow(points[list(spanning[:3])])
         return np.sort(hull_2d(np.ascontiguousarray(points[:, axes])))
     from scipy.spatial import ConvexHull, QhullError
 
+    # Of copies Qhull would keep any.
+    distinct = np.flatnonzero(first_of_equals(points))
+    if len(distinct) < len(points):
+        points = points[distinct]
     # Qhull's roundings are relative to the longest axis, and squares of 1e300 overflow.
     exponents = np.frexp(np.abs(points).max(0))[1]
     try:
@@ -42,33 +46,7 @@ def hull_3d(points: np.ndarray) -> np.ndarray:
             "points lie in a plane up to rounding, but not exactly: Qhull finds no hull of them; "
             "drop or round the coordinate across the plane to get that of a flat set"
         ) from error
-    return np.unique(_first_copies(points, vertices))
-
-
-@njit(cache=True, nogil=True)
-def span(points):
-    """(rank, i, j, k): 0 for one point and its copies, 1 for a line, 2 for a plane, else 3; exact.
-
-    The points i, j, k span the line or plane; where it takes fewer, the others repeat i.
-    """
-    second = third = 0
-    a = points[0]
-    for m in range(1, len(points)):
-        d = points[m]
-        if second == 0:
-            if a[0] != d[0] or a[1] != d[1] or a[2] != d[2]:
-                second = m
-        elif third == 0:
-            if not collinear_3d(a, points[second], d):
-                third = m
-        else:
-            b, c = points[second], points[third]
-            turn = orientation_3d(
-                a[0], a[1], a[2], b[0], b[1], b[2], c[0], c[1], c[2], d[0], d[1], d[2]
-            )
-            if turn != 0:
-                return 3, 0, second, third
-    return (second > 0) + (third > 0), 0, second, third
+    return distinct[np.sort(vertices)]
 
 
 def _shadow(points: np.ndarray) -> tuple[int, int]:
@@ -82,16 +60,3 @@ def _shadow(points: np.ndarray) -> tuple[int, int]:
         if orientation(a[i], a[j], b[i], b[j], c[i], c[j]) != 0:
             return i, j
     return next(((i, j) for i, j in pairs if a[i] != b[i] or a[j] != b[j]), (0, 1))
-
-
-def _first_copies(points: np.ndarray, vertices: np.ndarray) -> np.ndarray:
-    """The smallest index of the copies of each vertex."""
-    x = points[sort_order(points[:, 0]), 0]
-    if (x[1:] != x[:-1]).all():
-        return vertices
-    order = np.lexsort(points.T)  # stable: copies stay in ascending order of their indices
-    ordered = points[order]
-    is_new = np.append(True, (ordered[1:] != ordered[:-1]).any(1))
-    first = np.empty(len(points), np.int64)
-    first[order] = order[is_new][np.cumsum(is_new) - 1]
-    return first[vertices]

@@ -1,7 +1,7 @@
 """The filter of convex hulls on tensors: where geometry meets the kernels.
 
 The rigour of the filter is in its halfspaces, which are found on the CPU from a few extreme points
-(`entropy_attn.geometry.filter`). What touches all points runs where they lie.
+(`entropy_attn.geometry.polytope`). What touches all points runs where they lie.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_attn.geometry.filter import directions, halfspaces
+from entropy_attn.geometry.filter import directions
+from entropy_attn.geometry.polytope import halfspaces
 
 # More than on a CPU: a GPU has arithmetic to spare while it reads the points, and what is kept has
 # to cross over to the CPU.

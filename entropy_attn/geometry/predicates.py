@@ -81,6 +81,14 @@ def orientation_3d(ax, ay, az, bx, by, bz, cx, cy, cz, dx, dy, dz):
 
 
 @njit(cache=True, nogil=True)
+def collinear_3d(a, b, c):
+    """Whether three points of space lie on a line, exactly: their three shadows do."""
+    flat = orientation(a[0], a[1], b[0], b[1], c[0], c[1]) == 0
+    flat = flat and orientation(a[1], a[2], b[1], b[2], c[1], c[2]) == 0
+    return flat and orientation(a[2], a[0], b[2], b[0], c[2], c[0]) == 0
+
+
+@njit(cache=True, nogil=True)
 def in_circle(ax, ay, bx, by, cx, cy, dx, dy):
     """1 where d lies inside the circle through a, b, c, -1 outside, 0 on it; finite float64.
 

@@ -94,7 +94,8 @@ def choose_library(name: str = "auto") -> Library:
                 return each
         wanted = " or ".join(each.package for each in exact)
         raise ImportError(
-            f"no exact library for triangulations is installed: pip install {wanted}; "
+            "no exact library for triangulations is installed: "
+            f"pip install 'entropy-attn[geometry]', or {wanted}; "
             "library='scipy' runs without, but rounds"
         )
     if name not in LIBRARIES:
