@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from entropy_attn.benchmarks import report_models as models
 from entropy_attn.benchmarks import report_vision as vision
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.statistics import with_interval
@@ -132,11 +133,12 @@ CLAIMS = (
     ),
     Claim(
         "ViT-B throughput: alone, with FlashAttention, FlashAttention alone",
-        "1.60, 2.07, 1.63 x", "attention is a small part of ViT-B at 224 px", _not_measured,
+        "1.60, 2.07, 1.63 x", "attention is a small part of ViT-B at 224 px",
+        lambda store: models.judge_vit(store) or NOT_YET,
     ),
     Claim(
         "inference of 7B language models at sparsity 70 to 75 %", "1.48 to 1.60 x",
-        "the share of attention in prefill", _not_measured,
+        "the share of attention in prefill", lambda store: models.judge_llm(store) or NOT_YET,
     ),
     Claim(
         "perplexity at sparsity 70 to 75 %", "+0.9", "stand-in: SmolLM2-135M, 8192 tokens",

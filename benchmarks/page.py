@@ -1,7 +1,7 @@
 """The report: one HTML page that holds all of its pictures and needs nothing else.
 
-It shows one machine, that of the last attention records unless another is named; what was measured
-elsewhere is in the tables of docs/.
+It shows one machine, that of the last attention records unless another is named, and the newest
+training runs; what was measured elsewhere is in the tables of docs/.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from markdown_it import MarkdownIt
 from entropy_attn.benchmarks import claims, figures, plots, report, report_finetune, report_vision
 from entropy_attn.benchmarks.baselines import OURS
 from entropy_attn.benchmarks.prose import PARTS
+from entropy_attn.benchmarks.registry import SUITES
 from entropy_attn.benchmarks.store import Record, Store
-from entropy_attn.benchmarks.tables import EMPTY, full_records, provenance, slug
+from entropy_attn.benchmarks.tables import EMPTY, Newest, full_records, provenance, slug
 
 Draw = Callable[[Path], None]
 
@@ -66,13 +67,15 @@ class Section:
 
 
 class OneMachine(Store):
-    """The records of one machine."""
+    """The records of one machine; of training runs, whose outcome is no speed, the newest."""
 
     def __init__(self, directory: Path, machine: str) -> None:
         super().__init__(directory)
         self.machine = machine
 
     def load(self, suite: str, **config) -> list[Record]:
+        if suite in SUITES and SUITES[suite].trains:
+            return Newest(self.directory).load(suite, **config)
         return [r for r in super().load(suite, **config) if r.machine == self.machine]
 
 
@@ -145,8 +148,8 @@ def _cards(store: Store) -> list[Card]:
 
 
 def _sections(store: Store) -> list[Section]:
-    return [_paper(store), _speed(store), _lengths(store), _quality(store), _finetune(store),
-            _vision(store), _entropy(store)]  # fmt: skip
+    return [_paper(store), _speed(store), _lengths(store), _models(store), _quality(store),
+            _finetune(store), _vision(store), _entropy(store)]  # fmt: skip
 
 
 def _paper(store: Store) -> Section:
@@ -209,6 +212,17 @@ def _lengths(store: Store) -> Section:
         )
         section.figures.append(Figure(svg_of(draw), caption))
     section.tables += _table(store, "crossover", "All lengths")
+    return section
+
+
+def _models(store: Store) -> Section:
+    section = Section(
+        "Whole models",
+        "End to end, selection included. The row without attention is the limit of any attention.",
+        "entropy-attn bench vit; entropy-attn bench llm",
+    )
+    section.tables += _table(store, "vit", "ViT-B/16")
+    section.tables += _table(store, "llm", "Prefill of language models")
     return section
 
 

@@ -230,6 +230,7 @@ def accuracy_against_density(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         axes.set_xticks([100, 50, 25, 12.5])
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))  # intervals do not know of 100 %
         axes.set_xlabel("density: share of the blocks that are computed")
         axes.set_ylabel("accuracy")
         axes.set_title(title, loc="left")

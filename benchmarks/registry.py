@@ -119,8 +119,11 @@ SUITES: dict[str, Suite] = {
     for suite in (
         Suite("attention", "speed of the kernels, forward and backward, against all baselines"),
         Suite("select", "cost of choosing blocks, as a share of the sparse attention's time"),
+        Suite("decode", "one token a sequence against a long cache, lists and pages"),
         Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
+        Suite("vit", "ViT-B/16 end to end, 224 to 1024 pixels, by attention"),
+        Suite("llm", "prefill of language models of 7B parameters, 4k to 64k tokens, by attention"),
         Suite("train", "what the regularizer adds to a training step"),
         Suite(
             "finetune",

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_attn.benchmarks import report_finetune, report_geometry, report_vision
+from entropy_attn.benchmarks import (
+    report_finetune,
+    report_geometry,
+    report_models,
+    report_vision,
+)
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
@@ -264,6 +269,25 @@ def _training(store: Store) -> str:
     return per_machine(store, "train", table)
 
 
+def _decode(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = [
+            [
+                f"{r.config['batch']} x {r.config['length'] // 1024}k, {r.config['heads']}/"
+                f"{r.config['kv_heads']} heads, density {r.config['density']:g}"
+                + (f", {r.config['queries']} queries" if r.config["queries"] > 1 else ""),
+                r.config["contestant"],
+                f"{r.result['median_ms']:.3f}",
+                f"{r.result['bandwidth']:.0%}",
+            ]
+            for r in records
+            if "bandwidth" in r.result
+        ]
+        return markdown(["case", "by", "ms", "bandwidth"], rows)
+
+    return per_machine(store, "decode", table)
+
+
 def _soft_entropy(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = [
@@ -292,9 +316,11 @@ TABLES: dict[str, Callable[[Store], str]] = {
     "reordering-density": _reordering_density,
     "crossover": _crossover,
     "training": _training,
+    "decode": _decode,
     "soft-entropy": _soft_entropy,
     "quality": _quality,
     "quality-at-a-quarter": _quality_at_a_quarter,
+    **report_models.TABLES,
     **report_finetune.TABLES,
     **report_vision.TABLES,
     **report_geometry.TABLES,

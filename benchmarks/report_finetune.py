@@ -11,29 +11,37 @@ from typing import Any
 from entropy_attn.benchmarks.statistics import mean_interval, with_interval
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.suites.finetune import NAME as SUITE
-from entropy_attn.benchmarks.suites.finetune import ORACLE, PLAIN, PREDICTED, TOP_K, VERSION
-from entropy_attn.benchmarks.tables import (
-    by_machine,
-    full_records,
-    markdown,
-    per_machine,
-    slug,
+from entropy_attn.benchmarks.suites.finetune import (
+    ORACLE,
+    PLAIN,
+    PREDICTED,
+    TOP_K,
+    VERSION,
+    Plan,
+    methods,
 )
+from entropy_attn.benchmarks.tables import Newest, full_records, markdown, per_machine
 
 # Perplexity over that of plain fine-tuning with dense attention, at which densities are compared.
 LEVELS = (0.05, 0.1, 0.2, 0.4)
+# Perplexity over the best, up to which a method is drawn.
+WORST = 0.6
 FAMILIES = (PREDICTED, ORACLE, TOP_K)
 Runs = dict[str, dict[int, dict[str, Any]]]  # by method, then by seed
 
 
 def title(config: dict[str, Any]) -> str:
-    """A method as one writes it."""
+    """A method as one writes it, with the length of its training."""
+    return f"{_title(config)}, {config['steps']} steps"
+
+
+def _title(config: dict[str, Any]) -> str:
     name = config["method"]
     if config["strength"]:
         name += f" {config['strength']:g}"
     if config["attends"] != "dense":
         name += f", sparse by {config['attends']}"
-    return f"{name}, {config['steps']} steps"
+    return name
 
 
 def plain_of(method: str) -> str:
@@ -42,8 +50,16 @@ def plain_of(method: str) -> str:
 
 
 def runs_of(records: Sequence[Record]) -> Runs:
+    """In the order of the suite's methods; processes that share them finish in another."""
+    plan = Plan.of("full")
+    order = [_title(method.config(plan)) for method in methods("full")]
+
+    def place(record: Record) -> tuple[int, int, int]:
+        name, config = _title(record.config), record.config
+        return config["steps"], order.index(name) if name in order else len(order), config["seed"]
+
     found: Runs = {}
-    for record in records:
+    for record in sorted(records, key=place):
         found.setdefault(title(record.config), {})[record.config["seed"]] = record.result
     return found
 
@@ -103,8 +119,7 @@ def _densities(runs: Runs, method: str, level: float) -> list[float]:
     """Predicted density at a perplexity over plain fine-tuning's, of each seed that reaches it."""
     found = []
     for seed, result in runs[method].items():
-        reference = runs.get(plain_of(method), {})
-        plain = reference.get(seed) or reference.get(0)
+        plain = runs.get(plain_of(method), {}).get(seed)
         if plain is not None:
             density = density_at(frontier(result, PREDICTED), plain["perplexity"] + level)
             found += [] if density is None else [density]
@@ -142,23 +157,31 @@ TABLES: dict[str, Callable[[Store], str]] = {"finetune": _table, "finetune-ratio
 
 
 def draw(store: Store, folder: Path) -> list[Path]:
-    """Perplexity against density, a curve a method, blocks chosen by the predictor."""
+    """Perplexity against density, a curve a method, on the machine measured last."""
     from entropy_attn.benchmarks import plots
 
-    drawn = []
-    for machine, records in by_machine(full_records(store, SUITE, version=VERSION)):
-        path = folder / f"finetune_{slug(machine)}.png"
-        plots.perplexity_against_density(curves(records), f"held-out prose, {machine}", path)
-        drawn.append(path)
-    return drawn
+    records = full_records(Newest(store.directory), SUITE, version=VERSION)
+    if not records:
+        return []
+    path = folder / "finetune.png"
+    plots.perplexity_against_density(
+        curves(records), "held-out prose, blocks chosen by the predictor", path
+    )
+    return [path]
 
 
 def curves(records: Sequence[Record]) -> dict[str, list[tuple[float, float]]]:
-    """(density, perplexity) by method, means over the seeds, blocks chosen by the predictor."""
-    return {
+    """(density, perplexity) by method, means over the seeds, blocks chosen by the predictor.
+
+    Left out is what never comes within WORST of the best: one such line would flatten the others.
+    """
+    found = {
         method: _mean_curve([frontier(r, PREDICTED) for r in by_seed.values()])
         for method, by_seed in runs_of(records).items()
     }
+    least = {method: min(p for _, p in points) for method, points in found.items()}
+    best = min(least.values(), default=0.0)
+    return {method: p for method, p in found.items() if least[method] <= best + WORST}
 
 
 def _mean_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -10,16 +10,16 @@ from typing import Any
 from entropy_attn.benchmarks.corruptions import mean_corruption_error
 from entropy_attn.benchmarks.statistics import mean_interval, with_interval
 from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.suites.vision import ABLATION, METHODS, SUITE, UNTRAINED
 from entropy_attn.benchmarks.tables import (
     EMPTY,
-    by_machine,
+    Newest,
     full_records,
     markdown,
     per_machine,
     slug,
 )
 
-SUITE = "vision"
 PLAIN, OURS = "plain", "density (ours)"
 SURROGATE = "range entropy of keys (paper)"
 SCORERS = ("true mass", "default")
@@ -29,9 +29,19 @@ Runs = dict[str, dict[int, Result]]  # by method, then by seed
 
 
 def runs_of(records: Iterable[Record], task: str) -> Runs:
-    """The results on a task; where a unit was measured in several settings, the last one."""
+    """The results on a task, in the order of the suite's methods.
+
+    Where a unit was measured in several settings, the last one.
+    """
+    order = [method.name for method in (*METHODS, *ABLATION, UNTRAINED)]
+
+    def place(record: Record) -> tuple[int, int, float]:
+        name = record.config["method"]
+        known = order.index(name) if name in order else len(order)
+        return known, record.config["seed"], record.time
+
     found: Runs = {}
-    for record in sorted(records, key=lambda r: r.time):
+    for record in sorted(records, key=place):
         if record.config["task"] == task:
             found.setdefault(record.config["method"], {})[record.config["seed"]] = record.result
     return found
@@ -246,16 +256,15 @@ TABLES: dict[str, Callable[[Store], str]] = {
 
 
 def draw(store: Store, folder: Path) -> list[Path]:
-    """Accuracy against density, a picture for each machine and task; returns the files."""
+    """Accuracy against density, a picture a task, on the machine measured last."""
     from entropy_attn.benchmarks import plots
 
+    records = full_records(Newest(store.directory), SUITE, part="methods")
     drawn = []
-    for machine, records in by_machine(full_records(store, SUITE, part="methods")):
-        for task in tasks_of(records):
-            path = folder / f"vision_{slug(task)}_{slug(machine)}.png"
-            title = f"{task}, blocks by true mass, {machine}"
-            plots.accuracy_against_density(curves(records, task), title, path)
-            drawn.append(path)
+    for task in tasks_of(records):
+        drawn.append(folder / f"vision_{slug(task)}.png")
+        title = f"{task}, blocks by true mass"
+        plots.accuracy_against_density(curves(records, task), title, drawn[-1])
     return drawn
 
 

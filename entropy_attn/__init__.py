@@ -23,6 +23,7 @@ _EXPORTS = {
     "block_sparse_attention": "api",
     "attention_with_entropy": "api",
     "merge_attention": "api",
+    "paged_attention": "paged",
     "explain": "api",
     "AttentionEntropy": "api",
     "select_blocks": "selection",

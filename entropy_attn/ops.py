@@ -20,6 +20,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return reference.compute_dtype(dtype)
 
 
+def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
+    """Lists that the query heads of a key head share, once for each of them."""
+    if lists is None or lists.shape[1] in (1, heads):
+        return lists
+    return lists.repeat_interleave(heads // lists.shape[1], dim=1)
+
+
 @torch.library.custom_op("entropy_attn::attention_forward", mutates_args=())
 def attention_forward(
     query: Tensor,
@@ -45,7 +52,9 @@ def attention_forward(
     mass (B, Hq, Mq, W or Mk) is what the kernels' gradient of the tile entropy reads. It takes
     memory, so keep_mass asks for it; without it the tile entropy is not differentiable.
     """
-    lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
+    heads, q_len = query.shape[1:3]
+    shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
+    lists = (_a_list_each(kv_num_blocks, heads), _a_list_each(kv_indices, heads), kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
     mass = tile = query.new_empty(0, dtype=statistics_dtype(query.dtype))
     if backend == "reference":
@@ -54,9 +63,17 @@ def attention_forward(
         if tile_entropy:
             tile = reference.tile_entropy(query, key, problem)
         return *rows, tile, mass.clone()
-    from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
+    from entropy_attn.kernels.decode import FEW_QUERIES, split_forward
 
-    rows = block_sparse_forward(query, key, value, *lists, *geometry, row_entropy, block_entropy)
+    if q_len <= FEW_QUERIES and not (row_entropy or block_entropy):
+        nothing = torch.empty_like(tile, dtype=torch.float32)
+        rows = (*split_forward(query, key, value, *shared, *geometry), nothing, nothing.clone())
+    else:
+        from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
+
+        rows = block_sparse_forward(
+            query, key, value, *lists, *geometry, row_entropy, block_entropy
+        )
     if tile_entropy:
         from entropy_attn.kernels.tile_mass import tile_mass
 
@@ -114,6 +131,8 @@ def attention_backward(
 
     row, block and mass are what the forward returned; each is read with its gradient only.
     """
+    kv_num_blocks = _a_list_each(kv_num_blocks, query.shape[1])
+    kv_indices = _a_list_each(kv_indices, query.shape[1])
     lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
     if backend == "reference":
@@ -205,7 +224,8 @@ def tile_mass(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """mass (B, Hq, Mq, Mk) or empty, tile entropy (B, Hq, Mq) in nats."""
-    lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
+    heads = query.shape[1]
+    lists = (_a_list_each(kv_num_blocks, heads), _a_list_each(kv_indices, heads), kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
     if backend == "reference":
         mass = reference.tile_mass(query, key, reference.Problem(*lists, *geometry))
@@ -224,3 +244,50 @@ def _(
     rows = (*query.shape[:2], -(-query.shape[2] // block_q))
     mass = (*rows, -(-key.shape[2] // block_k)) if return_mass else (0,)
     return query.new_empty(mass, dtype=dtype), query.new_empty(rows, dtype=dtype)
+
+
+@torch.library.custom_op("entropy_attn::paged_forward", mutates_args=())
+def paged_forward(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    window: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Nq, D) and lse (B, Hq, Nq) of attention to pages (P, Hkv, page, D)."""
+    geometry = ((block_q, block_k), is_causal, window, scale)
+    if backend == "reference":
+        # What lies past a sequence's end may be anything, NaN too.
+        places = torch.arange(block_table.shape[1], device=query.device) * key_pages.shape[2]
+        table = torch.where(places < kv_lens[:, None], block_table, 0).long()
+        key, value = (
+            pages[table].transpose(1, 2).flatten(2, 3) for pages in (key_pages, value_pages)
+        )  # (B, M, Hkv, page, D) -> (B, Hkv, M * page, D)
+        past = torch.arange(key.shape[2], device=query.device) >= kv_lens[:, None]
+        key, value = (x.masked_fill(past[:, None, :, None], 0.0) for x in (key, value))
+        counts, indices = (_a_list_each(x, query.shape[1]) for x in (kv_num_blocks, kv_indices))
+        problem = reference.Problem(counts, indices, kv_lens, None, *geometry)
+        return reference.attention_forward(query, key, value, problem, False, False)[:2]
+    from entropy_attn.kernels.decode import split_forward
+
+    return split_forward(
+        query, key_pages, value_pages, kv_num_blocks, kv_indices, kv_lens, None, *geometry,
+        block_table,
+    )  # fmt: skip
+
+
+@paged_forward.register_fake
+def _(
+    query, key_pages, value_pages, block_table, kv_num_blocks, kv_indices, kv_lens, block_q,
+    block_k, is_causal, window, scale, backend,
+):  # fmt: skip
+    lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+    return query.new_empty(query.shape), lse

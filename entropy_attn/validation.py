@@ -20,6 +20,7 @@ ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = (16, 256)
 MAX_HALFSPACES = 12
 MAX_CELLS = 1024
+MOST_PAGED_QUERIES = 16
 ENTROPY_KINDS = ("row", "block", "tile")
 
 
@@ -101,8 +102,46 @@ def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
         raise ValueError(f"{name} is on {lens.device} but query is on {query.device}")
 
 
-def check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
-    """That the mask was built for these lengths, heads and device."""
+def check_pages(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor) -> None:
+    """Pages (P, Hkv, page, D) and a table (B, M) int32; the table's values are not read."""
+    for name, tensor in (
+        ("query", query), ("key_pages", key_pages), ("value_pages", value_pages)
+    ):  # fmt: skip
+        check_tokens(name, tensor)
+    one = query[:1], key_pages[:1], value_pages[:1]
+    check_qkv(*one)
+    if value_pages.shape != key_pages.shape:
+        raise ValueError(
+            f"value_pages has shape {tuple(value_pages.shape)} but key_pages has "
+            f"{tuple(key_pages.shape)}"
+        )
+    if not 1 <= query.shape[2] <= MOST_PAGED_QUERIES:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens a sequence; paged attention takes 1 to "
+            f"{MOST_PAGED_QUERIES}, the last ones. Gather the pages and use block_sparse_attention"
+        )
+    if key_pages.shape[2] == 0:
+        raise ValueError("key_pages has pages of 0 tokens")
+    if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
+        got = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
+        raise TypeError(f"block_table must be an int32 tensor of shape (batch, pages), got {got}")
+    if block_table.dim() != 2 or block_table.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"block_table must have shape ({query.shape[0]}, pages), one row a sequence, got "
+            f"{tuple(block_table.shape)}"
+        )
+    if block_table.device != query.device:
+        raise ValueError(f"block_table is on {block_table.device} but query is on {query.device}")
+
+
+def check_block_mask(
+    block_mask: BlockMask, query: Tensor, key: Tensor, kv_len: int | None = None
+) -> None:
+    """That the mask was built for these lengths, heads and device.
+
+    Args:
+        kv_len: keys of a sequence, where they are not key's third dimension.
+    """
     from entropy_attn.masks import BlockMask  # masks.py validates with this module
 
     if not isinstance(block_mask, BlockMask):
@@ -112,17 +151,20 @@ def check_block_mask(block_mask: BlockMask, query: Tensor, key: Tensor) -> None:
             "BlockMask.full(...) keeps every block"
         )
     batch, heads, q_len, _ = query.shape
-    if (block_mask.q_len, block_mask.kv_len) != (q_len, key.shape[2]):
+    kv_len = key.shape[2] if kv_len is None else kv_len
+    if (block_mask.q_len, block_mask.kv_len) != (q_len, kv_len):
         raise ValueError(
             f"block_mask was built for q_len={block_mask.q_len}, kv_len={block_mask.kv_len} but "
-            f"query has {q_len} and key {key.shape[2]} tokens; build it for these lengths"
+            f"query has {q_len} and key {kv_len} tokens; build it for these lengths"
         )
     mask_batch, mask_heads = block_mask.kv_num_blocks.shape[:2]
     if mask_batch not in (1, batch):
         raise ValueError(f"block_mask has batch size {mask_batch}; allowed are 1 and {batch}")
-    if mask_heads not in (1, heads):
+    kv_heads = key.shape[1]
+    if mask_heads not in (1, kv_heads, heads):
         raise ValueError(
-            f"block_mask has {mask_heads} heads; allowed are 1 and {heads} (one list a query head)"
+            f"block_mask has {mask_heads} heads; allowed are 1, {kv_heads} (one list a key head) "
+            f"and {heads} (one list a query head)"
         )
     if block_mask.kv_indices.device != query.device:
         raise ValueError(

@@ -203,6 +203,42 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """A few queries of each sequence against a cache, in pages if their size is given."""
+
+    head_dim: int
+    block: int
+    dtype: torch.dtype = torch.bfloat16
+    queries: int = 1
+    group: int = 4
+    page: int = 0
+
+    def __str__(self) -> str:
+        words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
+        words += [f"{self.queries} queries of {self.group} heads"]
+        return ", ".join(words + [f"pages of {self.page}"] * bool(self.page))
+
+    def run(self) -> None:
+        from entropy_attn import ops
+        from entropy_attn.masks import BlockMask
+
+        query = torch.zeros(2, 2 * self.group, self.queries, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(2, 2, 4096, self.head_dim, dtype=self.dtype)
+        mask = BlockMask.full(1, 1, self.queries, 4096, (16, self.block))
+        lists = (mask.kv_num_blocks, mask.kv_indices)
+        lens = torch.tensor([4096, 1000], dtype=torch.int32)
+        geometry = (16, self.block, True, 0, self.head_dim**-0.5)
+        if not self.page:
+            ops.attention_forward(
+                query, key, key, *lists, lens, None, *geometry, *[False] * 4, "triton"
+            )
+            return
+        pages = key.unflatten(2, (-1, self.page)).transpose(1, 2).flatten(0, 1)
+        table = torch.arange(len(pages), dtype=torch.int32).view(2, -1)
+        ops.paged_forward(query, pages, pages, table, *lists, lens, *geometry, "triton")
+
+
+@dataclass(frozen=True)
 class TrueMass:
     """The attention mass of tiles, computed from scratch."""
 
@@ -335,6 +371,10 @@ CASES = (
     ),
     Attention(256, 64, is_causal=True, entropy=True, gradients=("row", "block", "tile")),
     Attention(64, 256, is_causal=True, entropy=True, gradients=("row", "block", "tile")),
+    Decode(128, 64),
+    Decode(64, 128, queries=8, group=8, page=16),
+    Decode(256, 16, torch.float16, page=64),
+    Decode(256, 64, torch.float32),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),

@@ -32,7 +32,8 @@ MASKS = (
     "entropy_attn.mask_patterns", "entropy_attn.plotting",
 )  # fmt: skip
 API = (
-    "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.entropy",
+    "entropy_attn.api", "entropy_attn.paged", "entropy_attn.selection", "entropy_attn.config",
+    "entropy_attn.entropy",
     "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
     "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", "entropy_attn.reorder",
     *MASKS,
@@ -76,7 +77,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.benchmarks": ("entropy_attn",),
 }
 MAY_VALIDATE = (
-    "entropy_attn.api", "entropy_attn.selection", "entropy_attn.config", "entropy_attn.min_length",
+    "entropy_attn.api", "entropy_attn.paged", "entropy_attn.selection", "entropy_attn.config",
+    "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
     "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
     "entropy_attn.reorder", "entropy_attn.geometry",

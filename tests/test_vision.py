@@ -316,5 +316,5 @@ def test_the_last_setting_of_a_unit_counts(tmp_path):
 
 def test_pictures_are_drawn_for_each_task(tmp_path):
     drawn = report_vision.draw(filled_store(tmp_path), tmp_path / "images")
-    assert [path.name for path in drawn] == ["vision_scenes_g1.png", "vision_digits_g1.png"]
+    assert [path.name for path in drawn] == ["vision_scenes.png", "vision_digits.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)

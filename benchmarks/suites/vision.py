@@ -165,7 +165,7 @@ class Plan:
         if form == "quick":
             steps = {name: count // 5 for name, count in steps.items()}
             return cls(Geometry(), 256, steps, 10240, 512, (0,), METHODS[:3], (), every)
-        return cls(Geometry(), 256, steps, 40960, 1024, (0, 1, 2), METHODS, ABLATION, every)
+        return cls(Geometry(), 256, steps, 40960, 1024, tuple(range(5)), METHODS, ABLATION, every)
 
     def steps_of(self, unit: Unit) -> int:
         return self.steps.get(unit.task, self.steps["other"]) if unit.method.trains else 0

@@ -1,0 +1,236 @@
+"""Whole models with one attention or another: the contestants of the suites ``vit`` and ``llm``.
+
+The weights are random but for SmolLM2's: time depends on shapes, and a budget that states its share
+keeps that share of any attention. All contestants of a model share its weights in memory. The one
+that leaves attention out computes nothing that is of use: its time is the limit of any attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import entropy_attn as ea
+from entropy_attn.benchmarks.environment import sm_clock_mhz
+from entropy_attn.benchmarks.model import shared_copy
+from entropy_attn.benchmarks.timing import measure, peak_bytes
+from entropy_attn.integrations.statistics import SPARSE
+from entropy_attn.testing import assert_close_to_reference
+
+LEFT_OUT = "no attention"
+CHECKED_LAYERS = 2
+COMPILED = ", compiled"
+FLASH, OURS = "FlashAttention-2", "entropy-attn"
+Forward = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a contestant does to a model of transformers.
+
+    Attributes:
+        name: in tables and records.
+        implementation: of transformers' registry.
+        kernel: that SDPA may use; None for what it chooses.
+        sparsity: of `ea.apply`, None for dense attention.
+        compiled: by torch.compile, the whole model.
+    """
+
+    name: str
+    implementation: str = "sdpa"
+    kernel: SDPBackend | None = None
+    sparsity: ea.SparsityConfig | None = None
+    compiled: bool = False
+
+    @property
+    def in_graph(self) -> Attention:
+        return replace(self, name=self.name + COMPILED, compiled=True)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.sparsity is not None
+
+
+EAGER = Attention("eager", "eager")
+SDPA = Attention("SDPA")
+FLASH_ONLY = Attention(FLASH, kernel=SDPBackend.FLASH_ATTENTION)
+CUDNN = Attention("cuDNN", kernel=SDPBackend.CUDNN_ATTENTION)
+LIMIT = Attention(LEFT_OUT, "left_out")
+
+
+def ours(sparsity: float, **options: Any) -> Attention:
+    """This package at a sparsity, where it decides by itself which calls run sparse."""
+    budget = ea.TopK(round(1.0 - sparsity, 6))
+    return Attention(OURS, sparsity=ea.SparsityConfig(budget=budget, **options))
+
+
+def _left_out(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Each query gets the value at its own place."""
+    group = query.shape[1] // value.shape[1]
+    return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class Prepared:
+    """A model with its attention in place.
+
+    Attributes:
+        handle: of `ea.apply`, None for other contestants.
+    """
+
+    attention: Attention
+    model: nn.Module
+    handle: Any = None
+    compiled: Any = None
+
+    def call(self, inputs: Mapping[str, Any], output: str) -> Tensor:
+        """The named output of the model."""
+        kernel = self.attention.kernel
+        where = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
+        model = self.model if self.compiled is None else self.compiled
+        with torch.inference_mode(), where:
+            return getattr(model(**inputs), output)
+
+
+def prepare(attention: Attention, model: nn.Module) -> Prepared:
+    """A copy of the model, its weights shared, that attends in this way."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("left_out", _left_out)
+    copied = shared_copy(model)
+    copied.set_attn_implementation(attention.implementation)
+    handle = None if attention.sparsity is None else ea.apply(copied, attention.sparsity)
+    compiled = torch.compile(copied, dynamic=False) if attention.compiled else None
+    return Prepared(attention, copied, handle, compiled)
+
+
+def contest(
+    attentions: tuple[Attention, ...],
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    few: Mapping[str, Any],
+    output: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    seconds: float,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[Attention, dict[str, Any]]]:
+    """Check and time all contestants together; yields each with its result.
+
+    Args:
+        inputs: of the model, that are timed.
+        few: inputs that are small enough for fp32 and eager attention, for the check.
+        output: of the model, that is compared.
+        options: of the model's forward, besides the inputs.
+    """
+    device = next(model.parameters()).device
+    inputs, few = ({**each, **(options or {})} for each in (inputs, few))
+    check = Check(model, few, output)
+    calls: dict[str, Forward] = {}
+    prepared: dict[str, Prepared] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for attention in attentions:
+        progress(attention.name)
+        try:
+            wrong = check.verdict(attention)
+            if wrong is not None:
+                results[attention.name] = {"status": "wrong", "reason": wrong}
+                continue
+            ready = prepare(attention, model)
+            forward = _forward(ready, inputs, output)
+            forward()
+            peak = peak_bytes(forward, device)
+        except Exception as error:  # a rival that breaks is a finding, not the end of the suite
+            text = str(error).strip() or repr(error)
+            reason = f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+            results[attention.name] = {"status": "failed", "reason": reason}
+            continue
+        calls[attention.name], prepared[attention.name] = forward, ready
+        results[attention.name] = {"status": "ok", "peak_bytes": peak or None}
+    progress(f"timing {len(calls)} contestants")
+    timings = measure({name: [call] for name, call in calls.items()}, seconds=seconds,
+                      min_rounds=3, device=device) if calls else {}  # fmt: skip
+    clock = sm_clock_mhz()
+    for attention in attentions:
+        result = results[attention.name]
+        if attention.name in timings:
+            result |= timings[attention.name].as_dict() | {"sm_clock_mhz": clock}
+            if FLASH in timings:
+                flash = timings[FLASH].median_ms
+                result["over_flash"] = flash / timings[attention.name].median_ms
+            result |= _what_ran(prepared[attention.name])
+        yield attention, result
+
+
+def _forward(prepared: Prepared, inputs: Mapping[str, Any], output: str) -> Forward:
+    return lambda: prepared.call(inputs, output)
+
+
+def _what_ran(prepared: Prepared) -> dict[str, Any]:
+    """Of ours, the share of the blocks and of the calls that ran sparse."""
+    if prepared.handle is None:
+        return {}
+    statistics = prepared.handle.stats()
+    sparse, dense = statistics.sparse, Counter(statistics.dense)
+    for layer in statistics.layers:  # what torch.compile traced, whose runs are not counted
+        traced = Counter(layer.compiled)
+        sparse += traced.pop(SPARSE, 0)
+        dense += traced
+    return {
+        "sparse_calls": sparse / (sparse + dense.total()),
+        "density": statistics.density,
+        "why_dense": next(iter(dense), None),
+    }
+
+
+def cut(model: nn.Module, count: int) -> None:
+    """Leave the model its first layers."""
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    del layers[count:]
+
+
+class Check:
+    """Whether a contestant computes attention: its output on small inputs against eager fp32.
+
+    The model is cut to its first layers, since 7B parameters in fp32 may not fit.
+
+    Sparse attention is checked with every block kept; what blocks it leaves out is its business,
+    that it computes the others right is checked by the tests and the suite ``attention``. The limit
+    is not checked: it is wrong by design.
+    """
+
+    def __init__(self, model: nn.Module, few: Mapping[str, Any], output: str) -> None:
+        self.model, self.few, self.output = shared_copy(model), few, output
+        cut(self.model, CHECKED_LAYERS)
+        exact = copy.deepcopy(self.model).float()
+        floats = {
+            name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in few.items()
+        }
+        self.exact = prepare(EAGER, exact).call(floats, output)
+        self.plain = prepare(EAGER, self.model).call(few, output)
+
+    def verdict(self, attention: Attention) -> str | None:
+        """What is wrong, or None."""
+        if attention.name.startswith(LEFT_OUT):
+            return None
+        if attention.sparsity is not None:
+            whole = ea.SparsityConfig(budget=ea.TopK(1.0), min_length=0, min_queries=1)
+            attention = replace(attention, sparsity=whole)
+        attention = replace(attention, compiled=False)
+        actual = prepare(attention, self.model).call(self.few, self.output)
+        try:
+            assert_close_to_reference(actual, self.plain, self.exact, self.output)
+        except AssertionError as error:
+            return str(error)
+        return None

@@ -1,0 +1,185 @@
+"""Whole models by attention: what is checked, what is timed, and what a record says of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AttentionInterface, ViTConfig, ViTForImageClassification
+
+from entropy_attn.benchmarks import report_models, whole_models
+from entropy_attn.benchmarks.registry import Context
+from entropy_attn.benchmarks.report import fill
+from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.suites import llm, vit
+from entropy_attn.benchmarks.whole_models import (
+    COMPILED,
+    EAGER,
+    FLASH,
+    FLASH_ONLY,
+    LIMIT,
+    OURS,
+    SDPA,
+    Attention,
+    ours,
+)
+
+SPARSE = {"min_length": 0, "block_size": 16, "min_queries": 1, "sink": 0, "local": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=64, num_labels=5, initializer_range=0.25,
+    )  # fmt: skip
+    return ViTForImageClassification(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels.bfloat16()}
+
+
+def contest(model, inputs, *attentions):
+    found = whole_models.contest(
+        attentions, model, inputs, inputs, "logits", seconds=0.01, progress=lambda text: None
+    )
+    return {attention.name: result for attention, result in found}
+
+
+def test_all_right_ones_are_timed_and_the_model_is_left_alone(model, inputs):
+    before = model(**inputs).logits
+    found = contest(model, inputs, EAGER, SDPA, ours(0.75, **SPARSE), LIMIT)
+    assert {result["status"] for result in found.values()} == {"ok"}
+    assert all(result["median_ms"] > 0 for result in found.values())
+    assert torch.equal(model(**inputs).logits, before)
+    assert model.dtype == torch.bfloat16
+
+
+def test_the_record_says_what_ran_sparse(model, inputs):
+    sparse = contest(model, inputs, ours(0.75, **SPARSE))["entropy-attn"]
+    assert sparse["sparse_calls"] == 1.0
+    assert 0.3 < sparse["density"] < 0.5  # 2 of 5 blocks of 16 tokens, of 65
+    dense = contest(model, inputs, ours(0.75))["entropy-attn"]
+    assert dense["sparse_calls"] == 0.0
+    assert "4096" in dense["why_dense"]
+
+
+def test_what_torch_compile_traced_counts_as_ran(model, inputs):
+    prepared = whole_models.prepare(ours(0.75, **SPARSE).in_graph, model)
+    prepared.compiled = torch.compile(prepared.model, backend="eager", dynamic=False)
+    prepared.call(inputs, "logits")
+    assert whole_models._what_ran(prepared)["sparse_calls"] == 1.0
+
+
+def test_wrong_attention_is_reported_and_not_timed(model, inputs):
+    def uniform(module, query, key, value, attention_mask, **_):
+        return value.mean(2, keepdim=True).expand_as(query).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("uniform", uniform)
+    found = contest(model, inputs, SDPA, Attention("uniform", "uniform"))
+    assert found["SDPA"]["status"] == "ok"
+    assert found["uniform"]["status"] == "wrong"
+    assert "exceeds" in found["uniform"]["reason"]
+    assert "median_ms" not in found["uniform"]
+
+
+def test_what_cannot_run_is_reported(model, inputs):
+    def broken(*args, **kwargs):
+        raise NotImplementedError("not on this machine\nand more")
+
+    AttentionInterface.register("broken", broken)
+    found = contest(model, inputs, SDPA, Attention("broken", "broken"))["broken"]
+    assert found == {"status": "failed", "reason": "NotImplementedError: not on this machine"}
+
+
+def test_the_limit_computes_no_attention(model, inputs):
+    prepared = whole_models.prepare(LIMIT, model)
+    value = torch.randn(1, 2, 3, 4)
+    out, _ = whole_models._left_out(prepared.model, value.repeat(1, 2, 1, 1), value, value, None)
+    assert torch.equal(out.transpose(1, 2), value.repeat_interleave(2, dim=1))
+
+
+def test_the_check_runs_on_the_first_layers(model):
+    copied = whole_models.shared_copy(model)
+    whole_models.cut(copied, 1)
+    assert [len(m) for m in copied.modules() if isinstance(m, torch.nn.ModuleList)] == [1]
+    assert [len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)] == [3]
+
+
+def test_flash_only_is_the_yardstick(model, inputs):
+    found = contest(model, inputs, FLASH_ONLY, SDPA)
+    if found[FLASH_ONLY.name]["status"] == "ok":  # torch's CPU build has that kernel too
+        assert found[FLASH_ONLY.name]["over_flash"] == 1.0
+        assert found["SDPA"]["over_flash"] > 0
+
+
+@pytest.mark.parametrize("suite", [vit, llm])
+def test_the_small_form_runs(suite, tmp_path):
+    rows = list(suite.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4
+    (mine,) = [row for row in rows if row.is_ours]
+    assert mine.result["sparse_calls"] == 1.0
+    assert mine.config["sparsity"] > 0
+
+
+@pytest.mark.parametrize("suite", [vit, llm])
+def test_every_case_can_be_made(suite):
+    for form in ("full", "quick", "small"):
+        assert suite.cases(form)
+        assert len({attention.name for attention in suite.attentions(form)}) > 3
+    used = {case.model for form in ("full", "quick", "small") for case in llm.cases(form)}
+    assert used == set(llm.MODELS)
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+MACHINE = {"gpu": "G1", "cpu": "C", "arch": "sm_90", "commit": "abc", "dirty": False}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path)
+    times = {"eager": 20.0, FLASH: 10.0, OURS: 8.0, LIMIT.name: 5.0}
+    times |= {FLASH + COMPILED: 8.0, OURS + COMPILED: 4.0}
+    for name, ms in times.items():
+        sparsity = 0.8 if name.startswith(OURS) else 0.0
+        shared = {"form": "full", "contestant": name, "sparsity": sparsity, "dtype": "bfloat16"}
+        result = {"status": "ok", "median_ms": ms}
+        image = {**shared, "size": 1024, "batch": 8}
+        store.append(Record("vit", image, {**result, "images_per_s": 8e3 / ms}, MACHINE))
+        text = {**shared, "model": "LLaMA-2-7B", "tokens": 32768}
+        store.append(Record("llm", text, {**result, "tokens_per_s": 32768e3 / ms}, MACHINE))
+    return store
+
+
+def test_tables_compare_with_flash_attention_in_the_same_mode(store):
+    page = fill("<!-- begin:vit -->\n<!-- end:vit -->\n<!-- begin:llm -->\n<!-- end:llm -->", store)
+    assert "| attention | 8 x 1024 px |" in page
+    assert "| entropy-attn (80% sparse) | 1,000 (1.25 x) |" in page
+    assert "| entropy-attn, compiled (80% sparse) | 2,000 (2.00 x) |" in page
+    assert "| no attention | 1,600 (2.00 x) |" in page
+    assert "| attention | LLaMA-2-7B, 32k |" in page
+    assert "| eager | 1,638,400 (0.50 x) |" in page
+
+
+def test_what_ran_dense_says_so(store):
+    for record in store.load("vit", contestant=OURS):
+        store.append(Record("vit", record.config, {**record.result, "sparse_calls": 0.0}, MACHINE))
+    assert "(1.25 x) dense |" in fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
+
+
+def test_the_papers_claims_are_judged(store, tmp_path):
+    text, verdict = report_models.judge_vit(store)
+    assert text == "1024 px: 2.50 x eager, 1.25 x FlashAttention-2"
+    assert verdict == "does not hold"  # of FlashAttention's 1.63 x the paper makes 2.07 x
+    text, verdict = report_models.judge_llm(store)
+    assert text == "LLaMA-2-7B, 32k: 1.25 x FlashAttention-2"
+    assert verdict == "does not hold"
+    assert report_models.judge_vit(Store(tmp_path / "none")) is None
+    assert report_models.judge_llm(Store(tmp_path / "none")) is None
