@@ -136,7 +136,9 @@ def _measured(
         calls["net", weight] = partial(net.move, points)
         calls["Qhull", weight] = partial(_qhull, moved[weight])
         calls["triangulation", weight] = partial(triangulate, moved[weight])
-    timings = measure({k: [call] for k, call in calls.items()}, rounds=rounds, device="cpu")
+    timings = measure(
+        {k: [call] for k, call in calls.items()}, seconds=0, min_rounds=rounds, device="cpu"
+    )
 
     def ms(key: Any) -> float:
         timing: Timing = timings[key]

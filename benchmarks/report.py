@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_attn.benchmarks import (
+    report_entropy_net,
     report_finetune,
     report_geometry,
     report_models,
@@ -324,6 +325,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     **report_finetune.TABLES,
     **report_vision.TABLES,
     **report_geometry.TABLES,
+    **report_entropy_net.TABLES,
 }
 
 
@@ -380,6 +382,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    for part in (report_finetune, report_vision, report_geometry):
+    for part in (report_finetune, report_vision, report_geometry, report_entropy_net):
         drawn += part.draw(store, folder)
     return drawn

@@ -184,6 +184,17 @@ def test_the_path_goes_from_cell_to_neighbour() -> None:
     assert (np.abs(np.diff(centres, axis=0)) < 0.26).all()
 
 
+def test_the_order_visits_cell_after_cell(net) -> None:
+    points = family("gauss", 40_000)
+    cells = net.cells(points)
+    assert np.array_equal(np.unique(cells), np.arange(16))
+    order = net.order(points)[4096:]  # after the sample
+    # Squares are taken whole, so some points at a border come with the cell beside.
+    assert (np.diff(cells[order]) != 0).sum() < 0.05 * len(order)
+    assert (np.sort(cells[order]) == cells[order]).mean() > 0.95
+    assert net.cells(points[:0]).shape == (0,)
+
+
 def test_a_line_beside_a_piece_is_moved_into_it() -> None:
     def beside(points, pieces, count):
         return torch.zeros(count, dtype=torch.int64), torch.full((count,), 9.0).double()

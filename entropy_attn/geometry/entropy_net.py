@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from entropy_attn.geometry.learned_order import learned_order
+from entropy_attn.geometry.learned_order import learned_cells, learned_order
 from entropy_attn.geometry.points import check_seed, finite_points, sortable
 
 WEIGHTS = Path(__file__).with_name("entropy_net.safetensors")
@@ -110,6 +110,17 @@ class EntropyNet(nn.Module):
             TypeError, ValueError: an argument is not allowed; the message names it.
         """
         return learned_order(self.cut, sortable(finite_points(points, dims=(2,))), check_seed(seed))
+
+    def cells(self, points: Any, *, seed: int = 0) -> np.ndarray:
+        """(n,) int64, the cell of each point; cells are numbered along the path of `order`.
+
+        The order takes squares of a curve to cells, so at a border a point may come with its
+        neighbour.
+
+        Args:
+            points, seed: see `order`.
+        """
+        return learned_cells(self.cut, finite_points(points, dims=(2,)), check_seed(seed))
 
 
 @cache

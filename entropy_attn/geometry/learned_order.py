@@ -67,6 +67,16 @@ def learned_order(cut: Cutter, points: np.ndarray, seed: int) -> np.ndarray:
     return order if len(chosen) == n else sample_first(order, chosen)
 
 
+def learned_cells(cut: Cutter, points: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) int64 cells of (n, 2) finite points, numbered along the path."""
+    if len(points) == 0:
+        return np.empty(0, np.int64)
+    low, scale = grid(points)
+    inside = _in_unit_square(points, low, scale)
+    tree = cut_tree(cut, inside[choose_sample(len(points), seed)])
+    return _cells_of(inside, tree.axes, tree.offsets, tree.ranks).astype(np.int64)
+
+
 def choose_sample(n: int, seed: int) -> np.ndarray:
     """(m,) int64 distinct rows of n, at most 4096; all where there are few."""
     count = min(n, max(_LEAST_SAMPLE, min(_LARGEST_SAMPLE, n // _SHARE)))
