@@ -8,7 +8,7 @@ place). The same seed gives the same weights on the same machine and versions.
 A piece of a set has ranges: balls around some of its points. An order that passes through one side
 of the network's line and then through the other has, seen through windows that are the two sides,
 the entropy ``sum_side share(side) H(side)`` (`soft_order_entropy`, its windows learned), H the
-range-partition entropy of a side (`ea.range_entropy`, points weighted by how far they belong to
+range-partition entropy of a side (`range_entropy`, points weighted by how far they belong to
 it). That is the loss, relative to H of the whole piece: a line lowers it by at most log 2, if it
 halves the set and tears no range.
 """
@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import entropy_attn as ea
 from entropy_attn.geometry.entropy_net import WEIGHTS, EntropyNet
 from entropy_attn.geometry.learned_order import one_thread
+from entropy_attn.partition import range_entropy
 from entropy_attn.partition.anchors import median_alpha
 
 # Points of a set, ranges of a piece, and the least points of a piece that is learned from.
@@ -60,7 +60,7 @@ class Pieces:
 
     def entropy(self, weights: Tensor) -> Tensor:
         """(batch,) range-partition entropy of the points with these weights (batch, n)."""
-        return ea.range_entropy(
+        return range_entropy(
             self.points.float(), self.anchors.float(), self.alpha.float(), weights.float()
         )
 
