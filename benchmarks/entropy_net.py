@@ -22,7 +22,7 @@ from torch import Tensor
 import entropy_attn as ea
 from entropy_attn.benchmarks import moved_points
 from entropy_attn.benchmarks.orders import BRIO, HILBERT, NATIVE, RANDOM
-from entropy_attn.benchmarks.points import PointsNotFound, family, real
+from entropy_attn.benchmarks.points import REAL, REAL_HULLS, PointsNotFound, distinct, family
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.benchmarks.triangulators import TRIANGULATORS, Triangulator
@@ -35,6 +35,10 @@ MEDIANS = "medians, sample first"
 # What takes many times as long, called once.
 _SLOW = (RANDOM, NATIVE)
 _SEED_OF_PIECES = 2026
+
+# Lines of coasts, every fourth point of them.
+_COAST = {"coast": lambda: REAL_HULLS["coast, high"]()[::4]}
+_REAL: dict[str, Callable[[], np.ndarray]] = REAL | _COAST
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Plan:
     def of(cls, form: str) -> Plan:
         families = ("square", "gauss", "clusters")
         if form == "full":
-            sets = ("cities", "Gaia stars", "coast")
+            sets = tuple(_REAL)
             return cls(100_000, 5, 256, families, sets, moved_points.Plan())
         small = moved_points.Plan(size=5000, steps=10, rounds=1, families=("square",))
         return cls(5000, 1, 32, ("square",), ("cities",) if form == "quick" else (), small)
@@ -70,7 +74,7 @@ def run(context: Context, plan: Plan | None = None) -> Iterator[Row]:
         yield from _contest(context, name, family(name, plan.size), plan)
     for name in plan.real:
         try:
-            points = real(name)
+            points = distinct(_REAL[name]())
         except PointsNotFound as error:
             config = {"form": context.form, "kind": "net-order", "points": name}
             yield Row(config, {"status": "unavailable", "reason": str(error)}, f"{name} | {error}")

