@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 FOLDERS = {
     "entropy_attn.kernels": "kernels",
+    "entropy_attn.kernels.hopper": "kernels/hopper",
     "entropy_attn.benchmarks": "benchmarks",
     "entropy_attn.benchmarks.suites": "benchmarks/suites",
 }

@@ -184,17 +184,17 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, splits, CHUNK):
         some = start + tl.arange(0, CHUNK)
-        lses = tl.load(partial_lse_ptr + base + some, mask=some < splits, other=float("-inf"))
+        lse = tl.load(partial_lse_ptr + base + some, mask=some < splits, other=float("-inf"))
         pointers = partial_ptr + tile_offsets(base + some, HEAD_DIM, BLOCK_D, 1)
         partial = load_tile(pointers, some, splits, HEAD_DIM, BLOCK_D, True)  # (CHUNK, D)
-        acc += tl.sum(tl.exp2(lses - maximum)[:, None] * partial, 0)
+        acc += tl.sum(tl.exp2(lse - maximum)[:, None] * partial, 0)
     alive = mass > 0.0
     safe_mass = tl.where(alive, mass, 1.0)
     out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
     pointers = out_base + row.to(tl.int64) * out_strides[2] + dims * out_strides[3]
     tl.store(pointers, (acc / safe_mass).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
-    lse = tl.where(alive, (maximum + tl.log2(safe_mass)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + flat, lse)
+    total = tl.where(alive, (maximum + tl.log2(safe_mass)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + flat, total)
 
 
 @dataclass(frozen=True)

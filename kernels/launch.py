@@ -48,17 +48,22 @@ def has_copy_engine(arch: str, *tensors: Tensor) -> bool:
     """Whether tiles of these tensors can be fetched by the copy engine (TMA).
 
     It computes addresses and bounds itself, which frees registers, and works in the background.
-    It wants adjacent entries of two bytes, and a multiple of 16 bytes as address and strides.
+    Tiles are of two-byte entries; for the rest see `is_describable`.
     """
-    return arch in COPY_ENGINE and all(map(_is_describable, tensors))
+    return arch in COPY_ENGINE and all(
+        tensor.element_size() == 2 and is_describable(tensor) for tensor in tensors
+    )
 
 
-def _is_describable(tensor: Tensor) -> bool:
+def is_describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can be told where a tensor lies.
+
+    It wants adjacent entries, and a multiple of 16 bytes as address and strides.
+    """
     *strides, last = tensor.stride()
     rows = [s for n, s in zip(tensor.shape, strides, strict=False) if n > 1]
     return (
-        tensor.element_size() == 2
-        and last == 1
+        last == 1
         and tensor.data_ptr() % 16 == 0
         and all(s > 0 and s * tensor.element_size() % 16 == 0 for s in rows)
     )

@@ -323,8 +323,18 @@ def log_mass_of_columns(
 def load_rows(base, rows, row_end, dims, DIM: tl.constexpr, stride_row, stride_dim):
     """(rows, dims) part of a matrix in its own dtype; 0 past the last row and past DIM."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + dims.to(tl.int64)[None, :] * stride_dim
-    mask = (rows < row_end)[:, None] & (dims < DIM)[None, :]
+    mask = (rows < row_end)[:, None] & inside(dims, DIM)[None, :]
     return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def inside(dims, DIM: tl.constexpr):
+    """Which of a step's dims exist: known beforehand to be all where steps divide DIM."""
+    if tl.constexpr(DIM) % dims.shape[0] == 0:
+        mask = tl.full([dims.shape[0]], True, tl.int1)
+    else:
+        mask = dims < DIM
+    return mask
 
 
 @triton.jit

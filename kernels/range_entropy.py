@@ -29,11 +29,20 @@ from entropy_attn.kernels.range_primitives import (
     NOWHERE,
     Call,
     RangeConfig,
+    anchors_of,
+    inverse_of,
+    load_centre,
     load_norms,
     load_terms,
+    load_tile,
+    log2_of,
+    may_start_next,
+    norms_in_base_2,
+    point_terms,
     problem_of,
     products,
     step_of,
+    wait_for_last,
 )
 
 
@@ -42,81 +51,103 @@ def _normaliser_kernel(
     points, terms, norms, centre, unit, alpha, lse_ptr, peak_ptr,
     point_strides, problem_strides, inner, n, k_padded, tiles,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, STORE_PEAK: tl.constexpr,
+    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
+    STORE_PEAK: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of the scores of a tile of points, over any number of anchors."""
     program = tl.program_id(0)
     batch = program // tiles
-    rows = (program % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-    points, terms, norms, centre, factor, scale = problem_of(
+    start = (program % tiles) * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)  # (M,)
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
-        k_padded, DIM, PADDED, TERMS,
+        k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
+    scale = 2.0 * factor * tl.load(unit)
+    dims = tl.arange(0, BLOCK_D)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, k_padded, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
-        product, units, _ = products(
-            points, point_strides, centre, terms, first, rows, columns, n, k_padded,
-            DIM, PADDED, BLOCK_D, TERMS, CENTRED,
+    x = load_tile(
+        points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM, COPY_ENGINE
+    )
+    x_terms = point_terms(x, load_centre(centre, dims, DIM), terms.dtype.element_ty, CENTRED)
+    for column in range(0, k_padded, BLOCK_N):
+        columns = column + tl.arange(0, BLOCK_N)
+        first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
+        product, units = products(
+            x_terms, points, point_strides, centre, terms, first, start, lane, columns, n,
+            k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
         norm = load_norms(norms, columns, factor)
         scores = product * (scale * units)[:, None] - norm[None, :]
         exponents, maximum, shift = online_softmax(scores, 1.0, maximum)
         total = total * tl.exp2(shift) + tl.sum(tl.exp2(exponents), 1)
-    where = batch.to(tl.int64) * n + rows
-    tl.store(lse_ptr + where, maximum + tl.log2(total), mask=rows < n)
+    where = batch.to(tl.int64) * n + start + lane
+    tl.store(lse_ptr + where, maximum + tl.log2(total), mask=start + lane < n)
     if STORE_PEAK:
-        tl.store(peak_ptr + where, 1.0 / total, mask=rows < n)
+        tl.store(peak_ptr + where, 1.0 / total, mask=start + lane < n)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _mass_kernel(
-    points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr,
-    point_strides, problem_strides, weight_strides, inner, n, k_padded, tiles, share, splits,
-    chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr, STORE_PEAK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    points, terms, norms, centre, unit, alpha, weights, lse_ptr, peak_ptr, sums_ptr, anchors,
+    point_strides, problem_strides, weight_strides, anchor_strides, inner, n, k, k_padded, tiles,
+    share, splits, chunks, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
+    COPY_ENGINE: tl.constexpr, STORE_PEAK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, FAST: tl.constexpr, FUSED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of p over a run of tiles of points, for one chunk of anchors."""
+    may_start_next(OVERLAP)
     program = tl.program_id(0)
     split = program % splits
     chunk = program // splits % chunks
     batch = program // splits // chunks
-    points, terms, norms, centre, factor, scale = problem_of(
+    points, terms, norms, centre, unit, factor = problem_of(
         points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
-        k_padded, DIM, PADDED, TERMS,
+        k_padded, DIM, PADDED, TERMS, COPY_ENGINE,
     )  # fmt: skip
     columns = chunk * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
-    first = load_terms(terms, columns, tl.arange(0, BLOCK_D), k_padded, PADDED, TERMS)
-    norm = load_norms(norms, columns, factor)
+    dims = tl.arange(0, BLOCK_D)
+    first, norm, origin, unit_of_terms = anchors_of(
+        anchors, anchor_strides, terms, norms, centre, unit, batch // inner, batch % inner, columns,
+        dims, k, k_padded, DIM, PADDED, TERMS, CENTRED, FUSED,
+    )  # fmt: skip
+    norm = norms_in_base_2(norm, factor)
+    scale = 2.0 * factor * unit_of_terms
     # Summed over its rows once, at the end: a sum over the rows of a tile crosses threads.
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lane = tl.arange(0, BLOCK_M)  # (M,)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
-        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-        product, units, _ = products(
-            points, point_strides, centre, terms, first, rows, columns, n, k_padded,
-            DIM, PADDED, BLOCK_D, TERMS, CENTRED,
+        start = tile * BLOCK_M
+        left = n - start
+        x = load_tile(
+            points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM,
+            COPY_ENGINE,
+        )  # fmt: skip
+        product, units = products(
+            point_terms(x, origin, terms.dtype.element_ty, CENTRED), points, point_strides, centre,
+            terms, first, start, lane, columns, n, k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
         scores = product * (scale * units)[:, None] - norm[None, :]
-        where = batch.to(tl.int64) * n + rows
+        where = batch.to(tl.int64) * n + start
         weight = row_weights(
-            weights, batch // inner, batch % inner, weight_strides, rows, n, HAS_WEIGHTS
+            weights, batch // inner, batch % inner, weight_strides, start + lane, n, HAS_WEIGHTS
         )
         if ONE_CHUNK:
             maximum = tl.max(scores, 1)
             p = tl.exp2(scores - maximum[:, None])  # (M, N), times total
             total = tl.sum(p, 1)
-            tl.store(lse_ptr + where, maximum + tl.log2(total), mask=rows < n)
-            inverse = 1.0 / total
+            tl.store(lse_ptr + where + lane, maximum + log2_of(total, FAST), mask=lane < left)
+            inverse = inverse_of(total, FAST)
             if STORE_PEAK:
-                tl.store(peak_ptr + where, inverse, mask=rows < n)
+                tl.store(peak_ptr + where + lane, inverse, mask=lane < left)
             if HAS_WEIGHTS:
                 inverse = tl.where(weight > 0.0, inverse, 0.0)  # it may be NaN
             weight *= inverse
         else:
-            lse = tl.load(lse_ptr + where, mask=rows < n, other=NOWHERE)
+            lse = tl.load(lse_ptr + where + lane, mask=lane < left, other=NOWHERE)
             p = tl.exp2(scores - lse[:, None])
         if HAS_WEIGHTS:
             sums += weighted_rows(p, weight)
@@ -129,9 +160,10 @@ def _mass_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _entropy_kernel(
     sums_ptr, weight_sums, mass_ptr, entropy_ptr, n, k, k_padded, splits,
-    HAS_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, CELLS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, CELLS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Masses of all cells of a problem from the sums of its programs, and their entropy."""
+    wait_for_last(OVERLAP)
     batch = tl.program_id(0)
     if HAS_WEIGHTS:
         weight = tl.load(weight_sums + batch)
@@ -163,14 +195,18 @@ def forward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConf
     """
     padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
     part = min(padded, 64)
+    common = {"fused": True, "fast": arch.startswith("sm")}
     if arch.startswith("gfx"):
-        return RangeConfig(64, min(64, cells), min(padded, 32), 0, 4, 1, 1024)
+        return RangeConfig(64, min(64, cells), min(padded, 32), 0, 4, 1, 1024, **common)
     if arch != "sm90":
-        return RangeConfig(64, min(64, cells), part, 0, 4, 2, 528)
+        return RangeConfig(64, min(64, cells), part, 0, 4, 2, 528, **common)
     if cells <= 64:
+        common |= {"copy_engine": True, "overlap": True}
+        # Many small programs side by side: while some wait for points or for the tensor cores,
+        # others compute.
         if dtype == torch.float32:
-            return RangeConfig(64, cells, part, 0, 4, 3, 396)
-        return RangeConfig(128, cells, part, 0, 8, 3, 264)
+            return RangeConfig(64, cells, part, 0, 4, 3, 396, registers=168, **common)
+        return RangeConfig(64, cells, part, 0, 4, 4, 528, **common)
     if cells == 256 and padded <= 64:
         return RangeConfig(64, 256, part, 0, 8, 3, 132)
     return RangeConfig(64, 128, part, 0, 4, 2, 264)
@@ -209,20 +245,23 @@ def range_mass(
     sums = alpha.new_empty(batch, splits, call.k_padded)
     has_weights = weights is not None
     with device_of(points):
-        call.prepare(None)
+        if not call.fused:
+            call.prepare(None)
         if call.chunks > 1:
             _normaliser_kernel[(batch * call.tiles,)](
                 *call.given, lse, peak, *call.strides, inner, n, call.k_padded, call.tiles,
                 STORE_PEAK=with_peak, **call.shape,
             )  # fmt: skip
         _mass_kernel[(batch * call.chunks * splits,)](
-            *call.given, weights, lse, peak, sums, *call.strides, weight_strides(weights), inner,
-            n, call.k_padded, call.tiles, share, splits, call.chunks, STORE_PEAK=with_peak,
-            ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights, **call.shape,
+            *call.given, weights, lse, peak, sums, anchors, *call.strides, weight_strides(weights),
+            anchors.stride(), inner, n, k, call.k_padded, call.tiles, share, splits, call.chunks,
+            STORE_PEAK=with_peak, ONE_CHUNK=call.chunks == 1, HAS_WEIGHTS=has_weights,
+            FAST=config.fast, FUSED=call.fused, OVERLAP=config.overlap, **call.shape,
         )  # fmt: skip
         cells = step_of(k)
         _entropy_kernel[(batch,)](
             sums, call.weight_sums, mass, entropy, n, k, call.k_padded, splits,
             HAS_WEIGHTS=has_weights, SPLITS=16384 // cells, CELLS=cells, num_warps=16,
+            OVERLAP=config.overlap, **call.last,
         )  # fmt: skip
     return entropy, mass, lse, peak

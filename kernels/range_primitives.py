@@ -15,23 +15,24 @@ of a score is w_i e_ij with e_ij = p_ij (g_j - G_i), which sums to 0 over the an
     dx_i = 2 alpha w_i sum_j e_ij c'_j           dalpha = sum_ij w_i e_ij t_ij
     dc_j = 2 alpha sum_i w_i e_ij (x_i - c_j)    dw_i   = G_i
 
-each times the incoming gradient over the sum of weights. For the same reason t_ij may be taken
-less any number of the point: with lse_i / alpha, what is added up is log p_ij / alpha.
+each times the incoming gradient over the sum of weights. The sums that dc_j takes give dalpha too:
+with D_j = sum_i w_i e_ij (x_i - c_j) and F_j = sum_i w_i e_ij it is sum_j c'_j.(2 D_j + F_j c'_j).
 
 Every product is one of half-precision tiles with an fp32 accumulator, on any tensor core. Numbers
 that have more digits are sums of a few such terms, after a power of two has brought them into
 range:
 
 - fp16 and bf16 points are terms as they are: tiles go from memory to the tensor cores as they lie.
-  c' takes two terms of fp16 or three of bf16, as the rounding of an anchor is the same for all
-  points and would not average out. e is one term: its rounding does, and dx is rounded anyway.
+  c' takes two terms, as the rounding of an anchor is the same for all points and would not average
+  out. e is one term: its rounding does, and dx is rounded anyway.
 - fp32 points, relative to mu, are two terms of fp16, and so are c' and e; three products are then
   22 digits. Points have a power of two each, to depend on no neighbour.
 
 Nothing of size n x k is stored. Up to one tile of anchors, a program takes a run of points through
 all anchors, forward once and backward once; beyond, log-sum-exp and G_i come from passes of their
 own. Sums over points are kept for each program and added by a last kernel, without atomics: results
-are the same in every run. A first kernel prepares the anchors, as small ones cost their launch.
+are the same in every run. Anchors are prepared by every program for itself where a step holds them
+all, else by a first kernel.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import padded_head_dim, unexpanded
+from entropy_attn.kernels.launch import (
+    is_describable,
+    padded_head_dim,
+    tile_descriptor,
+    unexpanded,
+)
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     dot_terms,
     half_range_scale,
     head_base,
+    inside,
+    load_box,
     load_part,
     load_rows,
     two_terms,
@@ -98,21 +106,13 @@ def _prepare_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(relative), 1))
         scale, unit = half_range_scale(tl.max(largest, 0))
         tl.store(unit_ptr + program, unit)
-        if CENTRED:
-            tl.store(centre_ptr + program.to(tl.int64) * DIM + dims, centre, mask=dims < DIM)
+        tl.store(centre_ptr + program.to(tl.int64) * DIM + dims, centre, mask=dims < DIM)
         terms_ptr += program.to(tl.int64) * TERMS * k_padded * PADDED
         for start in range(0, k_padded, ROWS):
             rows = start + tl.arange(0, ROWS)
             anchor = load_part(base, rows, k, dims, DIM, anchor_strides[2], anchor_strides[3])
             relative = tl.where((rows < k)[:, None], anchor - centre[None, :], 0.0)
-            other = relative
-            if not CENTRED:
-                other += 2.0 * centre[None, :]
-            # b cancels against the product: all its digits count.
-            norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
-            norm = tl.where(rows < k, norm, float("inf"))
             padded = rows < k_padded
-            tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
             rest = relative * scale
             where = rows.to(tl.int64)[:, None] * PADDED + dims[None, :]
             for term in tl.static_range(TERMS):
@@ -120,29 +120,52 @@ def _prepare_kernel(
                 rest -= half.to(tl.float32)
                 out = terms_ptr + term * k_padded.to(tl.int64) * PADDED + where
                 tl.store(out, half, mask=padded[:, None])
+            norm = _norms_of(relative - rest * unit, centre, rows < k, CENTRED)
+            tl.store(norms_ptr + program.to(tl.int64) * k_padded + rows, norm, mask=padded)
     if HAS_GRAD:
-        if HAS_WEIGHTS:
-            weight = tl.load(weight_sums + program)
-        else:
-            weight = n.to(tl.float32)
         mean = tl.load(entropy + program)
         highest = tl.zeros([CELLS], tl.float32)
         for start in range(0, k, CELLS):
             cells = start + tl.arange(0, CELLS)
-            g = _surprise(mass + program.to(tl.int64) * k, mean, cells, k)
+            g = surprise_of(mass + program.to(tl.int64) * k, mean, cells, k)
             highest = tl.maximum(highest, tl.abs(g))
         scale, inverse = half_range_scale(tl.max(highest, 0))
-        rate = tl.load(grad + program) / tl.where(weight > 0.0, weight, 1.0)
-        tl.store(rate_ptr + program, tl.where(weight > 0.0, rate, 0.0) * inverse)
+        rate = rate_of(grad, weight_sums, program, n, HAS_WEIGHTS)
+        tl.store(rate_ptr + program, rate * inverse)
         for start in range(0, k_padded, CELLS):
             cells = start + tl.arange(0, CELLS)
-            g = _surprise(mass + program.to(tl.int64) * k, mean, cells, k) * scale
+            g = surprise_of(mass + program.to(tl.int64) * k, mean, cells, k) * scale
             out = surprise_ptr + program.to(tl.int64) * k_padded + cells
             tl.store(out, g, mask=cells < k_padded)
 
 
 @triton.jit
-def _surprise(mass, entropy, cells, k):
+def _norms_of(relative, centre, there, CENTRED: tl.constexpr):
+    """(N,) b of the anchors that the terms add up to, infinite where there is none.
+
+    So all else is exact: distances to an anchor that is off by its last digits, not distances that
+    are off. b cancels against the product: all its digits count.
+    """
+    other = relative
+    if not CENTRED:
+        other += 2.0 * centre[None, :]
+    norm = tl.sum(relative.to(tl.float64) * other.to(tl.float64), 1).to(tl.float32)
+    return tl.where(there, norm, float("inf"))
+
+
+@triton.jit
+def rate_of(grad, weight_sums, batch, n, HAS_WEIGHTS: tl.constexpr):
+    """The incoming gradient over the sum of weights; 0 for a set without weight."""
+    if HAS_WEIGHTS:
+        weight = tl.load(weight_sums + batch)
+    else:
+        weight = n.to(tl.float32)
+    rate = tl.load(grad + batch) / tl.where(weight > 0.0, weight, 1.0)
+    return tl.where(weight > 0.0, rate, 0.0)
+
+
+@triton.jit
+def surprise_of(mass, entropy, cells, k):
     """-log P - H, how much rarer a cell is than the mean one; 0 where P is 0.
 
     Less H, which leaves every gradient as it is, since what is small needs no digits for H.
@@ -155,22 +178,64 @@ def _surprise(mass, entropy, cells, k):
 def problem_of(
     points, point_strides, terms, norms, centre, unit, alpha, problem_strides, batch, inner,
     k_padded, DIM: tl.constexpr, PADDED: tl.constexpr, TERMS: tl.constexpr,
+    COPY_ENGINE: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of one problem and the factors of products and of b in base 2."""
+    """Addresses of one problem, and the factor that takes t to scores in base 2."""
     outer, head = batch // inner, batch % inner
-    points = head_base(points, outer, head, point_strides[0], point_strides[1])
+    if not COPY_ENGINE:
+        points = head_base(points, outer, head, point_strides[0], point_strides[1])
     which = (outer * problem_strides[0] + head * problem_strides[1]).to(tl.int64)
     factor = tl.load(alpha + batch) * LOG2_E
-    scale = 2.0 * factor * tl.load(unit + which)
     terms += which * TERMS * k_padded * PADDED
-    return points, terms, norms + which * k_padded, centre + which * DIM, factor, scale
+    return points, terms, norms + which * k_padded, centre + which * DIM, unit + which, factor
+
+
+@triton.jit
+def anchors_of(
+    anchors, anchor_strides, terms, norms, centre, unit, outer, head, columns, dims, k, k_padded,
+    DIM: tl.constexpr, PADDED: tl.constexpr, TERMS: tl.constexpr, CENTRED: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Terms, b, mu and unit of a chunk of anchors, the first and the third for dims.
+
+    With FUSED, if one chunk and one step hold all, every program prepares them for itself, which
+    takes less time than to launch a kernel that does.
+    """
+    if FUSED:
+        base = head_base(anchors, outer, head, anchor_strides[0], anchor_strides[1])
+        there = columns < k
+        anchor = load_part(base, columns, k, dims, DIM, anchor_strides[2], anchor_strides[3])
+        origin = tl.sum(anchor, 0) / k
+        relative = tl.where(there[:, None], anchor - origin[None, :], 0.0)
+        scale, unit_of_terms = half_range_scale(tl.max(tl.max(tl.abs(relative), 1), 0))
+        rest = relative * scale
+        high = rest.to(terms.dtype.element_ty)
+        rest -= high.to(tl.float32)
+        middle = rest.to(terms.dtype.element_ty)
+        rest -= middle.to(tl.float32)
+        low = middle
+        if TERMS == 3:
+            low = rest.to(terms.dtype.element_ty)
+            rest -= low.to(tl.float32)
+        norm = _norms_of(relative - rest * unit_of_terms, origin, there, CENTRED)
+    else:
+        high, middle, low = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
+        norm = tl.load(norms + columns)
+        origin = load_centre(centre, dims, DIM)
+        unit_of_terms = tl.load(unit)
+    return (high, middle, low), norm, origin, unit_of_terms
+
+
+@triton.jit
+def norms_in_base_2(norm, factor):
+    """One that is not there has none, whatever the factor."""
+    return tl.where(norm < float("inf"), norm * factor, NOWHERE)
 
 
 @triton.jit
 def load_norms(norms, columns, factor):
-    """(N,) b of the anchors in base 2. One that is not there has none, whatever the factor."""
-    norm = tl.load(norms + columns)
-    return tl.where(norm < float("inf"), norm * factor, NOWHERE)
+    """(N,) b of the anchors in base 2."""
+    return norms_in_base_2(tl.load(norms + columns), factor)
 
 
 @triton.jit
@@ -186,54 +251,72 @@ def load_terms(terms, columns, dims, k_padded, PADDED: tl.constexpr, TERMS: tl.c
 
 
 @triton.jit
-def load_points(
-    points, point_strides, centre, rows, dims, n, HALF: tl.constexpr, DIM: tl.constexpr,
-    CENTRED: tl.constexpr,
+def load_centre(centre, dims, DIM: tl.constexpr):
+    """(dims,) of mu. Loaded before a loop, as the compiler would copy it in each step."""
+    return tl.load(centre + dims, mask=inside(dims, DIM), other=0.0)
+
+
+@triton.jit
+def load_tile(
+    points, point_strides, outer, head, start, lane, dims, n, DIM: tl.constexpr,
+    COPY_ENGINE: tl.constexpr,
 ):  # fmt: skip
+    """(M, dims) points from ``start`` on as they are, 0 past the last.
+
+    Addresses of a tile differ from those of the first by one number: it is all that a step of a
+    loop computes of them.
+    """
+    if COPY_ENGINE:
+        x = load_box(points, outer, head, start, lane.shape[0], dims.shape[0])
+    else:
+        points += start.to(tl.int64) * point_strides[2]
+        x = load_rows(points, lane, n - start, dims, DIM, point_strides[2], point_strides[3])
+    return x
+
+
+@triton.jit
+def point_terms(x, origin, HALF: tl.constexpr, CENTRED: tl.constexpr):
     """(M, dims) points as a high and a low term, and the (M,) powers of two they are over."""
-    x = load_rows(points, rows, n, dims, DIM, point_strides[2], point_strides[3])
     if CENTRED:
-        x -= tl.load(centre + dims, mask=dims < DIM, other=0.0)[None, :]
+        x -= origin[None, :]
         scale, unit = half_range_scale(tl.max(tl.abs(x), 1))
         high, low = two_terms(x * scale[:, None], HALF)
     else:
-        high, low, unit = x, x, tl.full([rows.shape[0]], 1.0, tl.float32)
+        high, low, unit = x, x, tl.full([x.shape[0]], 1.0, tl.float32)
     return high, low, unit
 
 
 @triton.jit
 def products(
-    points, point_strides, centre, terms, first_terms, rows, columns, n, k_padded,
+    first, points, point_strides, centre, terms, first_terms, start, lane, columns, n, k_padded,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_D: tl.constexpr, TERMS: tl.constexpr,
     CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) products of points and anchors over (M,) powers of two; the points' first terms.
+    """(M, N) products of points and anchors over (M,) powers of two.
 
     Args:
-        first_terms: `load_terms` of the first dimensions; the caller may keep them.
+        first, first_terms: `point_terms` and `load_terms` of the first dimensions.
     """
-    dims = tl.arange(0, BLOCK_D)
     HALF: tl.constexpr = terms.dtype.element_ty
-    x, x_low, unit = load_points(points, point_strides, centre, rows, dims, n, HALF, DIM, CENTRED)
-    first = (x, x_low, unit)
+    x, x_low, unit = first
     high, middle, low = first_terms
-    product = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    product = tl.zeros([lane.shape[0], columns.shape[0]], tl.float32)
     product = add_products(product, x, x_low, high, middle, low, TERMS, CENTRED)
     if BLOCK_D < DIM:
         if CENTRED:
             product *= unit[:, None]
-        for start in range(BLOCK_D, DIM, BLOCK_D):
-            x, x_low, unit = load_points(
-                points, point_strides, centre, rows, start + dims, n, HALF, DIM, CENTRED
-            )
-            high, middle, low = load_terms(terms, columns, start + dims, k_padded, PADDED, TERMS)
+        for step in range(BLOCK_D, DIM, BLOCK_D):
+            dims = step + tl.arange(0, BLOCK_D)
+            x = load_tile(points, point_strides, 0, 0, start, lane, dims, n, DIM, False)
+            x, x_low, unit = point_terms(x, load_centre(centre, dims, DIM), HALF, CENTRED)
+            high, middle, low = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
             if CENTRED:
                 part = dot_terms(x, x_low, tl.trans(high), tl.trans(middle), True)
                 product += part * unit[:, None]
             else:
                 product = add_products(product, x, x_low, high, middle, low, TERMS, CENTRED)
-        unit = tl.full([rows.shape[0]], 1.0, tl.float32)
-    return product, unit, first
+        unit = tl.full([lane.shape[0]], 1.0, tl.float32)
+    return product, unit
 
 
 @triton.jit
@@ -247,12 +330,59 @@ def add_products(product, x, x_low, high, middle, low, TERMS: tl.constexpr, CENT
     return tl.dot(x, tl.trans(high), product)
 
 
+@triton.jit
+def may_start_next(OVERLAP: tl.constexpr):
+    """With OVERLAP, let the next kernel start; it must `wait_for_last`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(OVERLAP: tl.constexpr):
+    """With OVERLAP, wait until the kernel before has ended and what it wrote is there."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def log2_of(x, FAST: tl.constexpr):
+    """log2 of positive normal numbers, with FAST by the special function unit: off by 2^-22."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.log2(x)
+    return result
+
+
+@triton.jit
+def inverse_of(x, FAST: tl.constexpr):
+    """1 / x for normal numbers whose inverse is one, with FAST off by a unit in the last place."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / x
+    return result
+
+
 @dataclass(frozen=True)
 class RangeConfig:
     """Tile sizes: points, anchors, dimensions of a step, dimensions of a part of a gradient.
 
     Attributes:
         programs: how many share the points, the same on every GPU so that sums are the same.
+        terms: of half precision that an anchor is a sum of.
+        fast: take logarithms and inverses from NVIDIA's special function unit.
+        fused: leave out the first kernel where a step of a program holds all anchors.
+        overlap: start the last kernel before the one ahead has ended, on NVIDIA from sm_90 on.
+        copy_engine: let it fetch the points where it can, and write their gradients.
+        unrounded: sum up dalpha from e before it is rounded, at the cost of registers, and not from
+            the sums of dc. Points in half precision have e in one term, so that their dalpha is
+            else no better than their dc.
+        registers: the most a thread may have, or None; fewer let more programs run side by side.
     """
 
     block_m: int
@@ -262,6 +392,13 @@ class RangeConfig:
     num_warps: int
     num_stages: int
     programs: int
+    terms: int = 2
+    fast: bool = False
+    copy_engine: bool = False
+    fused: bool = False
+    overlap: bool = False
+    unrounded: bool = False
+    registers: int | None = None
 
 
 class Call:
@@ -287,22 +424,34 @@ class Call:
         self.problems = first * second
         is_centred = points.dtype == torch.float32
         half = torch.float16 if is_centred else points.dtype
-        terms, padded = 3 if half == torch.bfloat16 else 2, padded_head_dim(self.dim)
+        terms, padded = config.terms, padded_head_dim(self.dim)
         self.terms = points.new_empty((self.problems, terms, self.k_padded, padded), dtype=half)
         self.norms, self.centre, self.unit = (
-            alpha.new_empty(self.problems * entries)
-            for entries in (self.k_padded, self.dim if is_centred else 0, 1)
+            alpha.new_empty(self.problems * entries) for entries in (self.k_padded, self.dim, 1)
         )
         self.alpha = alpha.contiguous()
+        self.fused = config.fused and self.chunks == 1 and padded <= config.block_d
+        # A box holds all dimensions of its points, as one step of a program does.
+        self.copies = (
+            config.copy_engine
+            and padded <= config.block_d
+            and config.block_out in (0, config.block_d)
+            and is_describable(points)
+        )
+        given = tile_descriptor(points, config.block_m) if self.copies else points
         # What kernels take first, and strides; those of problems count problems.
-        self.given = (points, self.terms, self.norms, self.centre, self.unit, self.alpha)
+        self.given = (given, self.terms, self.norms, self.centre, self.unit, self.alpha)
         self.problem_strides = (second if first > 1 else 0, 1 if second > 1 else 0)
         self.strides = (points.stride(), self.problem_strides)
         self.form = dict(DIM=self.dim, PADDED=padded, TERMS=terms, CENTRED=is_centred)
         self.shape = dict(
             **self.form, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            COPY_ENGINE=self.copies, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+        if config.registers:
+            self.shape["maxnreg"] = config.registers
+        # Of the last kernel, which the driver may launch early.
+        self.last = {"launch_pdl": True} if config.overlap else {}
 
     def prepare(self, grad: Tensor | None, *backward: Tensor | None) -> None:
         """Fill in the terms of the anchors and, given a gradient, what the backward starts from.

@@ -212,10 +212,11 @@ class Decode:
     queries: int = 1
     group: int = 4
     page: int = 0
+    length: int = 4096  # it says over how many programs the keys are split
 
     def __str__(self) -> str:
         words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
-        words += [f"{self.queries} queries of {self.group} heads"]
+        words += [f"{self.queries} queries of {self.group} heads, N={self.length}"]
         return ", ".join(words + [f"pages of {self.page}"] * bool(self.page))
 
     def run(self) -> None:
@@ -223,10 +224,10 @@ class Decode:
         from entropy_attn.masks import BlockMask
 
         query = torch.zeros(2, 2 * self.group, self.queries, self.head_dim, dtype=self.dtype)
-        key = torch.zeros(2, 2, 4096, self.head_dim, dtype=self.dtype)
-        mask = BlockMask.full(1, 1, self.queries, 4096, (16, self.block))
+        key = torch.zeros(2, 2, self.length, self.head_dim, dtype=self.dtype)
+        mask = BlockMask.full(1, 1, self.queries, self.length, (16, self.block))
         lists = (mask.kv_num_blocks, mask.kv_indices)
-        lens = torch.tensor([4096, 1000], dtype=torch.int32)
+        lens = torch.tensor([self.length, 1000], dtype=torch.int32)
         geometry = (16, self.block, True, 0, self.head_dim**-0.5)
         if not self.page:
             ops.attention_forward(
@@ -371,8 +372,8 @@ CASES = (
     ),
     Attention(256, 64, is_causal=True, entropy=True, gradients=("row", "block", "tile")),
     Attention(64, 256, is_causal=True, entropy=True, gradients=("row", "block", "tile")),
-    Decode(128, 64),
-    Decode(64, 128, queries=8, group=8, page=16),
+    Decode(128, 64, length=65536),
+    Decode(64, 128, queries=8, group=8, page=16, length=1024),
     Decode(256, 16, torch.float16, page=64),
     Decode(256, 64, torch.float32),
     TrueMass(128, 128),

@@ -49,6 +49,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.kernels": HELPERS,
     "entropy_attn.kernels.primitives": (),
     "entropy_attn.kernels.launch": (),
+    "entropy_attn.kernels.hopper": (*HELPERS, "entropy_attn.kernels.hopper"),
+    "entropy_attn.kernels.hopper.primitives": (),
     "entropy_attn.reference": PLAIN,
     "entropy_attn.errors": (),
     "entropy_attn.traced": (),

@@ -1,0 +1,552 @@
+"""Block-sparse attention, forward, for Hopper (sm_90a): copy engine, warpgroup products, in Gluon.
+
+The same sums as `entropy_attn.kernels.block_sparse_forward`, without entropies, lengths a batch
+row and windows: for a block of queries A with the list L(A) of key blocks
+
+    S_ij = scale * q_i . k_j,  O_i = sum_j exp(S_ij - lse_i) v_j,  lse_i = log sum_j exp S_ij
+
+over the visible j in L(A). Online softmax (Dao et al., arXiv 2205.14135), warp-specialised as in
+FlashAttention-3 (Shah et al., arXiv 2407.08608): one producer warp feeds rings of tiles in shared
+memory through the copy engine, and one or two warpgroups of 64 queries each consume them; while a
+step's exponentials run, the products Q K^T of the same step are done and P V of the step before is
+in flight. Two more things:
+- The running maximum may lag: it is raised, and what was summed rescaled, only when a row's scores
+  grew by more than a factor of 2^8 (as FlashAttention-4 does). That is exact: the same power of
+  two cancels in O and l.
+- Programs are persistent and claim work items (a tile of queries each, `order.work_order`) from a
+  counter. The first Q K^T of the next item runs together with the last P V of the present one.
+
+A list is walked from its end, so that the blocks with masks (cut by the diagonal or by the last
+key) come first; of an odd list of blocks that are taken in pairs, the first step has a gap.
+
+Memory and barriers. Everything that the producer fills is a `Ring` of slots, each with a barrier
+`full` (the copy engine arrives with the bytes) and a barrier `empty` (each warpgroup arrives when
+its products have read the slot). The n-th use of a slot completes phase n of both. A program sees
+    producer:   item 0: Q K V K V ... K V, item 1: Q K V ... , end: Q K
+    warpgroup:  Q K, then K+V, K+V, ..., Q K+V (that K of the next item), K+V, ...
+where K of step s and V of step s - 1 are used together; the end is an item without V, so that the
+last product needs no branch.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from entropy_attn.kernels.hopper.order import work_order
+from entropy_attn.kernels.hopper.primitives import (
+    ROWS,
+    Memory,
+    Problem,
+    barriers,
+    exp2,
+    pass_turn,
+    rescale,
+    ring,
+    take_turn,
+)
+from entropy_attn.kernels.launch import (
+    LENGTHS,
+    adjacent_lists,
+    architecture,
+    device_of,
+    exponent_scale,
+    has_copy_engine,
+    list_strides,
+)
+
+LN_2 = gl.constexpr(0.6931471805599453)
+NO_SCORE = gl.constexpr(-1.0e38)  # below every score, yet finite: see primitives.NO_SCORE
+NO_ITEM = gl.constexpr(-1)
+# How far a row's maximum may lag, in powers of two: p stays below 2^8, far from fp16's limit.
+LAG = gl.constexpr(8.0)
+
+
+# Producer
+
+
+@gluon.jit
+def _send_item(problem, memory, turn, query_desc, tile, last, full):
+    """Tell the warpgroups what the next item is, and fetch its queries."""
+    batch, head, row = problem.place(gl.maximum(tile, 0))
+    memory.queries.wait_empty(turn)
+    lane = gl.arange(0, 4, gl.BlockedLayout([4], [32], [1], [0]))  # (4,), all in every thread
+    fields = gl.where(lane == 0, tile, gl.where(lane == 1, last, full))
+    memory.items.index(turn % memory.queries.SLOTS).store(fields)
+    gl.thread_barrier()  # before the arrival that lets the warpgroups read it
+    memory.queries.fetch(turn, query_desc, batch, head, row, row + ROWS)
+
+
+@gluon.jit
+def _producer(
+    problem, memory, query_desc, key_desc, value_desc, items_ptr, items
+):  # fmt: skip
+    SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K  # blocks a step
+    item = gl.program_id(0)
+    tile = gl.load(items_ptr + item * 4)
+    last = gl.load(items_ptr + item * 4 + 1)
+    full = gl.load(items_ptr + item * 4 + 2)
+    turn = 0  # items so far
+    use = 0  # steps so far
+    while item < items:
+        _send_item(problem, memory, turn, query_desc, tile, last, full)
+        turn += 1
+        # The next item is claimed one item ahead, to have the answer in time.
+        claimed = gl.atomic_add(items_ptr + items * 4, 1)
+        # Each program's first item needs no claim, and each claims once in vain: this was the last.
+        gl.store(items_ptr + items * 4, 0, mask=claimed == items - 1)
+        item = claimed + gl.num_programs(0)
+        next_tile = gl.load(items_ptr + item * 4, mask=item < items, other=0)
+        next_last = gl.load(items_ptr + item * 4 + 1, mask=item < items, other=0)
+        next_full = gl.load(items_ptr + item * 4 + 2, mask=item < items, other=0)
+
+        batch, head, _ = problem.place(tile)
+        kv_head = head // problem.group
+        address = problem.address(tile)
+        slot = (problem.steps(last) - 1) * SLOTS
+        low = problem.start(address, last, slot)
+        high = problem.start(address, last, slot + SLOTS - 1)
+        while slot >= 0:
+            memory.keys.wait_empty(use)
+            memory.keys.fetch(use, key_desc, batch, kv_head, low, high)
+            # The next step's indices are on their way while this one waits for its slot.
+            next_low = problem.start(address, last, gl.maximum(slot - SLOTS, 0))
+            next_high = problem.start(address, last, gl.maximum(slot - 1, 0))
+            memory.values.wait_empty(use)
+            memory.values.fetch(use, value_desc, batch, kv_head, low, high)
+            use += 1
+            slot -= SLOTS
+            low = next_low
+            high = next_high
+        tile = next_tile
+        last = next_last
+        full = next_full
+    # The end: queries and keys for a product that nobody looks at.
+    _send_item(problem, memory, turn, query_desc, NO_ITEM, 0, 0)
+    memory.keys.wait_empty(use)
+    memory.keys.fetch(use, key_desc, 0, 0, 0, 0)
+
+
+# Consumers
+
+
+@gluon.jit
+def _receive_item(memory, turn):
+    """(tile, last, full) of the item that the producer announced."""
+    memory.queries.wait_full(turn)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    fields = memory.items.index(turn % memory.queries.SLOTS).load(layout)  # (4,)
+    lane = gl.arange(0, 4, layout)  # all of it in every thread
+    tile = gl.sum(gl.where(lane == 0, fields, 0), 0)
+    last = gl.sum(gl.where(lane == 1, fields, 0), 0)
+    full = gl.sum(gl.where(lane == 2, fields, 0), 0)
+    return tile, last, full
+
+
+@gluon.jit
+def _query(problem, memory, turn, WARPGROUP: gl.constexpr):
+    """(64, D) queries as operand of the products, in shared memory or in registers."""
+    query = memory.queries.tile(turn, WARPGROUP)
+    if problem.QUERY_REGISTERS:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.BLOCK_N, 16])
+        query = query.load(gl.DotOperandLayout(0, layout, 2))
+    return query
+
+
+@gluon.jit
+def _scores(problem, memory, query, use):
+    """Start Q K^T of a step, (64, N)."""
+    N: gl.constexpr = problem.BLOCK_N
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    zeros = gl.zeros([ROWS, N], gl.float32, layout)
+    memory.keys.wait_full(use)
+    keys = memory.keys.tile(use).permute((1, 0))  # (D, N)
+    return warpgroup_mma(query, keys, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _starts(problem, address, last, group, WANTED: gl.constexpr):
+    """First keys of a step's lower and upper block, the same one if the step is a block."""
+    low = 0
+    high = 0
+    if WANTED:
+        SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
+        low = problem.start(address, last, group * SLOTS)
+        high = problem.start(address, last, group * SLOTS + SLOTS - 1)
+    return low, high
+
+
+@gluon.jit
+def _visible(scores, problem, low, high, limits):
+    """(64, N) scores of a step, -inf for the keys from each row's limit on."""
+    lane = gl.arange(0, problem.BLOCK_N, gl.SliceLayout(0, scores.type.layout))
+    keys = low + lane  # (N,)
+    if problem.BLOCK_N > problem.BLOCK_K:
+        keys = gl.where(lane < problem.BLOCK_K, keys, high + lane - problem.BLOCK_K)
+    return gl.where(keys[None, :] < limits[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def _softmax(scores, maximum, scale_log2, IS_FIRST: gl.constexpr):
+    """(64, N) p, (64, 4) its sums a thread, the new maximum and 2^(old maximum - new one)."""
+    highest = gl.max(scores, 1) * scale_log2  # (64,)
+    if IS_FIRST:
+        new_maximum = gl.maximum(highest, maximum)
+    else:
+        new_maximum = gl.where(highest > maximum + LAG, highest, maximum)
+    alpha = exp2(maximum - new_maximum)  # (64,)
+    p = exp2(scores * scale_log2 - new_maximum[:, None])  # (64, N)
+    # Four threads share a row. They add up their own columns and meet after the last step.
+    parts = gl.reshape(p, [ROWS, scores.shape[1] // 8, 4, 2])
+    mass = gl.sum(gl.sum(parts, 3), 1)  # (64, 4)
+    return p, mass, new_maximum, alpha
+
+
+@gluon.jit
+def _operand(p, acc, DTYPE: gl.constexpr):
+    """p as left operand of P V, in the registers where it is."""
+    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon.jit
+def _products(problem, memory, query, p, acc, use, WARPGROUP: gl.constexpr):
+    """Start Q K^T of step ``use`` and P V of the step before; wait for the former."""
+    if problem.PING_PONG:
+        take_turn(WARPGROUP)
+    scores = _scores(problem, memory, query, use)
+    memory.values.wait_full(use - 1)
+    acc = warpgroup_mma(p, memory.values.tile(use - 1), acc, is_async=True)
+    if problem.PING_PONG:
+        pass_turn(WARPGROUP)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    memory.keys.release(use)
+    return scores, acc
+
+
+@gluon.jit
+def _step(
+    problem, memory, query, p, acc, mass, maximum, use, address, last, group, limits,
+    WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """One step after the first: fold its scores into the softmax and the last step's p into acc."""
+    low, high = _starts(problem, address, last, group, MASKED)  # on their way meanwhile
+    scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
+    if MASKED:
+        scores = _visible(scores, problem, low, high, limits)
+    p, p_mass, maximum, alpha = _softmax(scores, maximum, problem.scale_log2, False)
+    mass = mass * gl.convert_layout(alpha, gl.SliceLayout(1, mass.type.layout))[:, None] + p_mass
+    if problem.PIN:
+        # Never blocks. ptxas moves the wait below above the exponentials, but not past this.
+        mbarrier.wait(memory.pin, 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    memory.values.release(use - 1)
+    acc = rescale(acc, gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)))
+    return _operand(p, acc, memory.values.tiles.dtype), acc, mass, maximum
+
+
+@gluon.jit
+def _store(
+    problem, memory, out_desc, lse_ptr, acc, mass, maximum, tile, last, WARPGROUP: gl.constexpr
+):
+    """Write O = acc / l and the log-sum-exp of an item; a row without a key gets 0 and -inf."""
+    batch, head, row = problem.place(tile)
+    row += WARPGROUP * ROWS
+    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    mass = gl.convert_layout(gl.sum(mass, 1), layout)  # (64,)
+    maximum = gl.convert_layout(maximum, layout)
+    is_alive = (mass > 0.0) & (last > 0)
+    safe_mass = gl.where(is_alive, mass, 1.0)
+    acc = gl.where(is_alive[:, None], acc * (1.0 / safe_mass)[:, None], 0.0)  # (64, D)
+    tma.store_wait(0)  # the item before has left shared memory
+    out_tile = memory.out_tiles.index(WARPGROUP)
+    out_tile.store(acc.to(out_tile.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(
+        out_desc, [batch, head, row, 0], memory.out_boxes.index(WARPGROUP)
+    )
+    lse = gl.where(is_alive, (maximum + gl.log2(safe_mass)) * LN_2, float("-inf"))
+    rows = row + gl.arange(0, ROWS, layout)
+    head_start = (tile // problem.q_tiles).to(gl.int64) * problem.q_len
+    gl.store(lse_ptr + head_start + rows, lse, mask=rows < problem.q_len)
+
+
+@gluon.jit
+def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
+    BLOCK_D: gl.constexpr = memory.values.tiles.shape[2]
+    DTYPE: gl.constexpr = memory.values.tiles.dtype
+    SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
+    # Of the first step, which may have a gap.
+    FIRST_MASKED: gl.constexpr = problem.MASKED or SLOTS > 1
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    if problem.PING_PONG and WARPGROUP == 1:
+        pass_turn(1)  # the first turn is the other's
+
+    tile, last, full = _receive_item(memory, 0)
+    address = problem.address(tile)
+    low, high = _starts(problem, address, last, problem.steps(last) - 1, FIRST_MASKED)
+    query = _query(problem, memory, 0, WARPGROUP)
+    scores = warpgroup_mma_wait(0, deps=(_scores(problem, memory, query, 0),))
+    memory.keys.release(0)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    lane = gl.arange(0, ROWS, row_layout)  # (64,)
+    turn = 0  # items done
+    use = 1  # steps whose Q K^T was started
+    while tile >= 0:
+        # A step takes the slots group * SLOTS + (0 .. SLOTS - 1) of the list.
+        group = problem.steps(last) - 1
+        full_groups = full // SLOTS
+        limits = gl.zeros_like(lane) + problem.kv_len  # (64,) the first key that a row must not see
+        if problem.IS_CAUSAL:
+            _, _, row = problem.place(tile)
+            positions = row + WARPGROUP * ROWS + lane + problem.kv_len - problem.q_len
+            limits = gl.minimum(limits, positions + 1)
+
+        if FIRST_MASKED:
+            scores = _visible(scores, problem, low, high, limits)
+        no_score = gl.full([ROWS], NO_SCORE, gl.float32, row_layout)
+        p, mass, maximum, _ = _softmax(scores, no_score, problem.scale_log2, True)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
+        p = _operand(p, acc, DTYPE)
+        group -= 1
+        if problem.MASKED:
+            while group >= full_groups:
+                p, acc, mass, maximum = _step(
+                    problem, memory, query, p, acc, mass, maximum, use, address, last, group,
+                    limits, WARPGROUP, True,
+                )  # fmt: skip
+                use += 1
+                group -= 1
+        while group >= 0:
+            p, acc, mass, maximum = _step(
+                problem, memory, query, p, acc, mass, maximum, use, address, last, group,
+                limits, WARPGROUP, False,
+            )  # fmt: skip
+            use += 1
+            group -= 1
+        memory.queries.release(turn)
+
+        turn += 1
+        next_tile, next_last, full = _receive_item(memory, turn)
+        address = problem.address(next_tile)
+        group = problem.steps(next_last) - 1
+        low, high = _starts(problem, address, next_last, group, FIRST_MASKED)
+        query = _query(problem, memory, turn, WARPGROUP)
+        scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        memory.values.release(use - 1)
+        use += 1
+        _store(problem, memory, out_desc, lse_ptr, acc, mass, maximum, tile, last, WARPGROUP)
+        tile = next_tile
+        last = next_last
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=(*LENGTHS, "items", "heads", "group"))
+def _forward_kernel(
+    query_desc, key_desc, value_desc, out_desc, lse_ptr, indices_ptr, items_ptr,
+    index_stride_b, index_stride_h, index_stride_t,
+    heads, group, q_len, kv_len, q_tiles, items, scale_log2,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
+    PING_PONG: gl.constexpr, QUERY_REGISTERS: gl.constexpr, PIN: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    problem = Problem(
+        indices_ptr, index_stride_b, index_stride_h, index_stride_t,
+        heads, group, q_len, kv_len, q_tiles, scale_log2,
+        WARPGROUPS * ROWS, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, IS_CAUSAL or MAY_CUT, LISTED,
+        PING_PONG, QUERY_REGISTERS, PIN,
+    )  # fmt: skip
+    dtype: gl.constexpr = out_desc.dtype
+    out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    memory = Memory(
+        ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS),
+        ring(key_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
+        ring(value_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
+        gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        out_boxes,
+        out_boxes._reinterpret(dtype, [WARPGROUPS, ROWS, BLOCK_D], out_layout),
+        barriers(1, 1).index(0),
+    )
+    # The first partition is the program's own four warps.
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    produce = (
+        problem, memory, query_desc, key_desc, value_desc, items_ptr, items
+    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (problem, memory, out_desc, lse_ptr, FIRST)),
+                (_consumer, (problem, memory, out_desc, lse_ptr, SECOND)),
+                (_producer, produce),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consumer, (problem, memory, out_desc, lse_ptr, FIRST)), (_producer, produce)],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
+
+
+# Of a thread: at launch (None is all there are), in a warpgroup and in the producer, which takes a
+# warpgroup's share for its one warp; by programs a multiprocessor, which has 512 times 128 of them.
+REGISTERS = {1: (None, 240, 24), 2: (128, 216, 40), 3: (80, 128, 32)}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How the kernel is built.
+
+    Attributes:
+        block_n: keys a step, one block or two.
+        warpgroups: of 64 queries each; they share a block of queries.
+        stages: slots of the rings of keys and of values.
+        programs: a multiprocessor; more than one only with one warpgroup each.
+        ping_pong: the warpgroups take turns at the tensor cores.
+        query_registers: queries are operands from registers instead of shared memory.
+        pin: keep ptxas from waiting for P V before the exponentials.
+    """
+
+    block_n: int
+    warpgroups: int
+    stages: int
+    programs: int = 1
+    ping_pong: bool = True
+    query_registers: bool = False
+    pin: bool = False
+
+
+def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
+    """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
+    is_wide = head_dim > 64
+    if block_size[0] < 128:
+        return HopperConfig(64, 1, 2 if is_wide else 4, programs=2, ping_pong=False)
+    if is_wide:
+        return HopperConfig(128, 2, 2)
+    return HopperConfig(128, 2, 4, ping_pong=False, query_registers=True, pin=True)
+
+
+@cache
+def _device_limits(index: int) -> tuple[int, int]:
+    """(multiprocessors, bytes of L2)."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    window: int = 0,
+    entropy: bool = False,
+) -> str | None:
+    """Why this kernel cannot take a call, or None if it can. Never waits for the device."""
+    if architecture(query.device) != "sm90":
+        return "it is written for sm_90"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes fp16 and bf16, not {query.dtype}"
+    if query.shape[-1] > 128 or query.shape[-1] % 8:
+        return f"head_dim must be a multiple of 8 and at most 128, not {query.shape[-1]}"
+    if block_size not in ((64, 64), (128, 64), (128, 128), (256, 64), (256, 128)):
+        return f"it has no tiles for blocks of {block_size}"
+    if not has_copy_engine("sm90", query, key, value):
+        return "the copy engine needs addresses and strides that are multiples of 16 bytes"
+    if scale <= 0:
+        return "the running maximum needs a positive scale"
+    if kv_lens is not None or q_lens is not None or window > 0 or entropy:
+        return "it has no lengths a batch row, no window and no entropies"
+    return None
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine needs to move (rows, columns) boxes of (B, H, N, D)."""
+    # The stride of a dimension of size 1 is never used, but has to be a valid one.
+    strides = [s if n > 1 else 16 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(
+        tensor, list(tensor.shape), [*strides[:-1], 1], [1, 1, rows, columns], layout
+    )
+
+
+def hopper_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    scale: float,
+    config: HopperConfig | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, for calls that `unsupported` has nothing against.
+
+    Args:
+        order: of `work_order` for the same lists; None computes it, in one short launch.
+
+    Returns:
+        out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, as `block_sparse_forward`.
+    """
+    heads, q_len, head_dim = query.shape[1:]
+    kv_heads, kv_len = key.shape[1:3]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if out.numel() == 0:
+        return out, lse
+    if kv_len == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+
+    config = config or hopper_config(head_dim, block_size)
+    block_m = 64 * config.warpgroups
+    block_d = 64 if head_dim <= 64 else 128
+    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
+    if order is None:
+        order = work_order(
+            query, key, counts, indices, block_size, block_m, is_causal, l2_bytes
+        )  # fmt: skip
+    items = order.shape[0] - 1
+    # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
+    box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
+    launch_registers, *registers = REGISTERS[config.programs]
+    with device_of(query):
+        _forward_kernel[(min(items, multiprocessors * config.programs),)](
+            _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),
+            _descriptor(out, 64, block_d), lse, order if indices is None else indices, order,
+            *list_strides(counts, indices)[3:],
+            heads, heads // kv_heads, q_len, kv_len, triton.cdiv(q_len, block_m), items,
+            exponent_scale(scale),
+            BLOCK_D=block_d, BLOCK_N=config.block_n,
+            BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+            WARPGROUPS=config.warpgroups, STAGES=config.stages,
+            IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
+            PING_PONG=config.ping_pong and config.warpgroups == 2,
+            QUERY_REGISTERS=config.query_registers, PIN=config.pin,
+            CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
+            num_warps=4, maxnreg=launch_registers,
+        )  # fmt: skip
+    return out, lse

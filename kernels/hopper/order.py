@@ -1,0 +1,177 @@
+"""The order in which the persistent forward kernel takes its work: heads in turn, longest first.
+
+A work item is a tile of queries of one head. Programs claim items one after the other, so the
+order is all the schedule that there is (list scheduling). The longest items come first (Graham,
+SIAM J. Appl. Math. 17, 1969), but only within a group of heads whose keys and values fit in L2
+together: were all heads open at once, they would throw each other's keys out of it.
+
+One launch, no synchronisation, no sort: the place of an item is the number of items of its group
+that come before it, and each program counts those of its tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import LENGTHS, device_of, list_strides
+from entropy_attn.kernels.primitives import head_base
+
+# Columns of a row of the table.
+ITEM_FIELDS = tl.constexpr(4)
+
+
+@triton.jit
+def _reach(tiles, q_len, kv_len, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Key blocks with a key that the last query of a tile may see, queries aligned to the end."""
+    last_rows = tl.minimum((tiles + 1) * BLOCK_M, q_len) - 1
+    return tl.maximum(last_rows + kv_len - q_len + BLOCK_K, 0) // BLOCK_K
+
+
+@triton.jit
+def _lengths(
+    counts_ptr, batch, head, tiles, valid, count_strides, q_len, kv_len,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """At most how many key blocks tiles of queries visit; -1 where not valid.
+
+    Exact but for causal lists that name blocks after the diagonal.
+    """
+    length = tl.zeros_like(tiles) + tl.cdiv(kv_len, BLOCK_K)
+    if LISTED:
+        offsets = batch * count_strides[0] + head * count_strides[1]
+        offsets += (tiles * BLOCK_M // BLOCK_Q) * count_strides[2]
+        length = tl.load(counts_ptr + offsets, mask=valid, other=0)
+    if IS_CAUSAL:
+        length = tl.minimum(length, _reach(tiles, q_len, kv_len, BLOCK_M, BLOCK_K))
+    return tl.where(valid, length, -1)
+
+
+@triton.jit(do_not_specialize=(*LENGTHS, "group_heads"))
+def _order_kernel(
+    items_ptr, counts_ptr, indices_ptr,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
+    heads, total_heads, group_heads, q_len, kv_len, q_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
+    TILES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    count_strides = count_stride_b, count_stride_h, count_stride_t
+    batch_head = tl.program_id(1)  # counts over all heads of all batch rows
+    batch, head = batch_head // heads, batch_head % heads
+    tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)  # (T,)
+    valid = tiles < q_tiles
+    length = _lengths(
+        counts_ptr, batch, head, tiles, valid, count_strides, q_len, kv_len,
+        BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED,
+    )  # fmt: skip
+
+    # The blocks of a list that are visited at all, and those that need no mask.
+    last = length
+    full = length
+    if IS_CAUSAL or MAY_CUT:
+        clear = tl.zeros_like(tiles) + kv_len // BLOCK_K
+        if IS_CAUSAL:
+            first_positions = tl.maximum(tiles * BLOCK_M + kv_len - q_len + 1, 0)
+            clear = tl.minimum(clear, first_positions // BLOCK_K)
+        if LISTED:
+            reach = tl.zeros_like(tiles) + tl.cdiv(kv_len, BLOCK_K)
+            if IS_CAUSAL:
+                reach = tl.minimum(reach, _reach(tiles, q_len, kv_len, BLOCK_M, BLOCK_K))
+            lists = head_base(indices_ptr, batch, head, index_stride_b, index_stride_h)
+            rows = lists + (tiles * BLOCK_M // BLOCK_Q).to(tl.int64) * index_stride_t
+            last = tl.zeros_like(tiles)
+            full = tl.zeros_like(tiles)
+            for start in range(0, tl.max(length, 0), CHUNK):
+                slots = start + tl.arange(0, CHUNK)
+                listed = slots[None, :] < length[:, None]  # (T, C)
+                blocks = tl.load(rows[:, None] + slots[None, :], mask=listed, other=2147483647)
+                last += tl.sum((blocks < reach[:, None]).to(tl.int32), 1)
+                full += tl.sum((blocks < clear[:, None]).to(tl.int32), 1)
+        else:
+            full = tl.minimum(length, clear)
+
+    # How many items of the group come before.
+    first_head = batch_head // group_heads * group_heads
+    group_items = tl.minimum(group_heads, total_heads - first_head) * q_tiles
+    own = (batch_head - first_head) * q_tiles + tiles  # (T,) number within the group
+    rank = tl.zeros_like(tiles)
+    for start in range(0, group_items, CHUNK):
+        others = start + tl.arange(0, CHUNK)  # (C,)
+        other_head = first_head + others // q_tiles
+        other = _lengths(
+            counts_ptr, other_head // heads, other_head % heads, others % q_tiles,
+            others < group_items, count_strides, q_len, kv_len,
+            BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED,
+        )  # fmt: skip
+        is_longer = other[None, :] > length[:, None]  # (T, C)
+        is_tied = (other[None, :] == length[:, None]) & (others[None, :] < own[:, None])
+        rank += tl.sum((is_longer | is_tied).to(tl.int32), 1)
+
+    rows = items_ptr + (first_head * q_tiles + rank) * ITEM_FIELDS
+    tl.store(rows, batch_head * q_tiles + tiles, mask=valid)
+    tl.store(rows + 1, last, mask=valid)
+    tl.store(rows + 2, full, mask=valid)
+    if (batch_head == 0) & (tl.program_id(0) == 0):
+        tl.store(items_ptr + total_heads * q_tiles * ITEM_FIELDS, 0)  # nothing is claimed yet
+
+
+def heads_together(
+    total_heads: int, group: int, kv_len: int, head_dim: int, itemsize: int, l2_bytes: int
+) -> int:
+    """How many consecutive query heads to open at once: their keys and values fill a part of L2.
+
+    A quarter: L2 is in two halves that each keep what their multiprocessors read, and queries,
+    results and the next group pass through it as well.
+
+    Args:
+        group: query heads that share a head of keys.
+    """
+    kv_bytes = 2 * kv_len * head_dim * itemsize
+    most = max(1, l2_bytes // 4 // kv_bytes) * group
+    groups = -(-total_heads // most)
+    return -(-total_heads // groups)
+
+
+def work_order(
+    query: Tensor,
+    key: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    block_size: tuple[int, int],
+    block_m: int,
+    is_causal: bool,
+    l2_bytes: int,
+) -> Tensor:
+    """The work items in the order in which they are to be claimed.
+
+    It depends on the lists, the shapes and is_causal alone, never on the values of query and key:
+    a caller with the same mask in every layer may keep it as long as the lists are unchanged. But
+    two launches that may overlap, on different streams, must not share one: it holds the counter.
+
+    Returns:
+        (B * Hq * tiles + 1, 4) int32: the tile's number, ((b * Hq + h) * tiles + t); how many
+        entries of its list are visited; how many of these, the first ones, need no mask; unused.
+        The last row begins with the counter that programs claim items from. It is 0, and 0 again
+        after a launch.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    tiles = triton.cdiv(q_len, block_m)
+    items = torch.empty((batch * heads * tiles + 1, 4), dtype=torch.int32, device=query.device)
+    together = heads_together(
+        batch * heads, heads // kv_heads, kv_len, head_dim, key.element_size(), l2_bytes
+    )
+    tiles_a_program = 32
+    with device_of(query):
+        _order_kernel[(triton.cdiv(tiles, tiles_a_program), batch * heads)](
+            items, counts, indices, *list_strides(counts, indices),
+            heads, batch * heads, together, q_len, kv_len, tiles,
+            BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+            IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
+            TILES=tiles_a_program, CHUNK=64, num_warps=4,
+        )  # fmt: skip
+    return items

@@ -1,0 +1,287 @@
+"""What the Hopper kernels are built of: pieces of PTX, rings of tiles, the shape of the problem."""
+
+# No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+ROWS = gl.constexpr(64)  # queries a warpgroup
+# Named barriers of the two warpgroups' turns at the tensor cores. Triton uses the low numbers.
+TURN = gl.constexpr(12)
+
+
+# Pieces of PTX that Gluon has no name for
+
+
+@gluon.jit
+def exp2(x):
+    """2^x, one instruction."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def take_turn(warpgroup: gl.constexpr):
+    """Wait until the other warpgroup has issued its products."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 256; mov.b32 $0, 0;",
+        "=r,r", [gl.to_tensor(TURN + warpgroup)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(warpgroup: gl.constexpr):
+    """Let the other warpgroup issue its products."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 256; mov.b32 $0, 0;",
+        "=r,r", [gl.to_tensor(TURN + 1 - warpgroup)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _rescale_asm(count):
+    """Multiply ``count`` registers by as many factors, unless no thread of the warp needs it.
+
+    A thread holds two rows; pairs of columns alternate between them, so that the factors number
+    0 and 2 are all there are.
+    """
+    products = [f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)]
+    lines = [
+        "{",
+        ".reg .pred p, q;",
+        f"setp.ne.f32 p, ${2 * count}, 0f3F800000;",
+        f"setp.ne.or.f32 p, ${2 * count + 2}, 0f3F800000, p;",
+        "vote.sync.any.pred q, p, 0xffffffff;",
+        "@!q bra DONE;",
+        *products,
+        "DONE:",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _rescale_constraints(count):
+    tied = [str(i) for i in range(count)]  # each result starts as the register it replaces
+    return ",".join(["=f"] * count + tied + ["f"] * count)
+
+
+@gluon.jit
+def rescale(acc, alpha):
+    """acc (64, D) times alpha (64,), skipped by warps where all alpha are 1."""
+    registers: gl.constexpr = acc.shape[1] // 2  # a thread's, of 128
+    factors, _ = gl.broadcast(alpha[:, None], acc)
+    return gl.inline_asm_elementwise(
+        _rescale_asm(registers), _rescale_constraints(registers), [acc, factors],
+        dtype=gl.float32, is_pure=True, pack=registers,
+    )  # fmt: skip
+
+
+# Rings in shared memory
+
+
+@aggregate
+class Ring:
+    """Slots of shared memory that go round between the producer and the warpgroups.
+
+    Attributes:
+        boxes: (SLOTS * boxes a slot, 1, 1, rows, columns), what one copy fills.
+        tiles: (SLOTS * tiles a slot, rows, D), the same memory as the tensor cores read it.
+        full, empty: (SLOTS, 1) barriers.
+    """
+
+    boxes: gl.shared_memory_descriptor
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, boxes, tiles, full, empty, SLOTS):
+        self.boxes = boxes
+        self.tiles = tiles
+        self.full = full
+        self.empty = empty
+        self.SLOTS = gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def wait_full(self, use):
+        """Before reading what the copy engine brought for the ring's ``use``-th use."""
+        mbarrier.wait(self.full.index(use % self.SLOTS), use // self.SLOTS & 1)
+
+    @gluon.jit
+    def release(self, use):
+        """This warpgroup has read it."""
+        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1)
+
+    @gluon.jit
+    def wait_empty(self, use):
+        """Before filling a slot; the first round passes at once."""
+        mbarrier.wait(self.empty.index(use % self.SLOTS), use // self.SLOTS & 1 ^ 1)
+
+    @gluon.jit
+    def tile(self, use, PART: gl.constexpr = 0):
+        """(rows, D) of the slot."""
+        PARTS: gl.constexpr = self.tiles.shape[0] // self.SLOTS
+        return self.tiles.index(use % self.SLOTS * PARTS + PART)
+
+    @gluon.jit
+    def fetch(self, use, descriptor, batch, head, start_low, start_high):
+        """Fill a slot: with one run of rows, or its lower and its upper half with one each."""
+        rows: gl.constexpr = self.boxes.shape[3]
+        columns: gl.constexpr = self.boxes.shape[4]
+        boxes: gl.constexpr = self.boxes.shape[0] // self.SLOTS
+        halves: gl.constexpr = boxes // (self.tiles.shape[2] // columns)
+        slot = use % self.SLOTS
+        full = self.full.index(slot)
+        mbarrier.expect(full, boxes * rows * columns * 2)
+        for box in gl.static_range(boxes):
+            # Swizzled tiles lie in memory as runs of 64 columns, each with all rows.
+            start = start_low if box % halves == 0 else start_high
+            place = [batch, head, start, box // halves * columns]
+            tma.async_copy_global_to_shared(
+                descriptor, place, full, self.boxes.index(slot * boxes + box)
+            )
+
+
+@gluon.jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(bars.index(slot), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def ring(
+    descriptor, SLOTS: gl.constexpr, TILES: gl.constexpr, TILE: gl.constexpr,
+    BLOCK_D: gl.constexpr, READERS: gl.constexpr,
+):  # fmt: skip
+    """A ring whose slots hold TILES tiles of (TILE, D), filled by boxes of the descriptor."""
+    dtype: gl.constexpr = descriptor.dtype
+    rows: gl.constexpr = descriptor.block_type.shape[2]
+    columns: gl.constexpr = descriptor.block_type.shape[3]
+    count: gl.constexpr = SLOTS * TILES * (TILE // rows) * (BLOCK_D // columns)
+    boxes = gl.allocate_shared_memory(dtype, [count, 1, 1, rows, columns], descriptor.layout)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], dtype)
+    tiles = boxes._reinterpret(dtype, [SLOTS * TILES, TILE, BLOCK_D], layout)
+    return Ring(boxes, tiles, barriers(SLOTS, 1), barriers(SLOTS, READERS), SLOTS)
+
+
+# What the partitions share
+
+
+@aggregate
+class Memory:
+    """Shared memory and barriers.
+
+    Attributes:
+        queries, keys, values: rings that the producer fills.
+        items: (slots of the ring of queries, 4), what the item is: tile, last, full.
+        out_boxes, out_tiles: (warpgroups, 64, D), results on their way out.
+        pin: a barrier of which phase 0 never completes.
+    """
+
+    queries: Ring
+    keys: Ring
+    values: Ring
+    items: gl.shared_memory_descriptor
+    out_boxes: gl.shared_memory_descriptor
+    out_tiles: gl.shared_memory_descriptor
+    pin: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, queries, keys, values, items, out_boxes, out_tiles, pin):
+        self.queries = queries
+        self.keys = keys
+        self.values = values
+        self.items = items
+        self.out_boxes = out_boxes
+        self.out_tiles = out_tiles
+        self.pin = pin
+
+
+@aggregate
+class Problem:
+    """The block lists, the shapes and how the kernel is built."""
+
+    indices: gl.tensor
+    stride_b: gl.tensor
+    stride_h: gl.tensor
+    stride_t: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    q_tiles: gl.tensor
+    scale_log2: gl.tensor
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    BLOCK_K: gl.constexpr
+    IS_CAUSAL: gl.constexpr
+    MASKED: gl.constexpr
+    LISTED: gl.constexpr
+    PING_PONG: gl.constexpr
+    QUERY_REGISTERS: gl.constexpr
+    PIN: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, indices, stride_b, stride_h, stride_t, heads, group, q_len, kv_len, q_tiles,
+        scale_log2, BLOCK_M, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED, LISTED,
+        PING_PONG, QUERY_REGISTERS, PIN,
+    ):  # fmt: skip
+        self.indices = indices
+        self.stride_b = stride_b
+        self.stride_h = stride_h
+        self.stride_t = stride_t
+        self.heads = heads
+        self.group = group
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.q_tiles = q_tiles
+        self.scale_log2 = scale_log2
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
+        self.BLOCK_Q = gl.constexpr(BLOCK_Q)
+        self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.IS_CAUSAL = gl.constexpr(IS_CAUSAL)
+        self.MASKED = gl.constexpr(MASKED)
+        self.LISTED = gl.constexpr(LISTED)
+        self.PING_PONG = gl.constexpr(PING_PONG)
+        self.QUERY_REGISTERS = gl.constexpr(QUERY_REGISTERS)
+        self.PIN = gl.constexpr(PIN)
+
+    @gluon.jit
+    def place(self, tile):
+        """(batch, head, first query) of a tile."""
+        batch_head = tile // self.q_tiles
+        return (
+            batch_head // self.heads,
+            batch_head % self.heads,
+            tile % self.q_tiles * self.BLOCK_M,
+        )
+
+    @gluon.jit
+    def address(self, tile):
+        """Where a tile's list starts."""
+        batch, head, row = self.place(tile)
+        offset = batch.to(gl.int64) * self.stride_b + head.to(gl.int64) * self.stride_h
+        return self.indices + offset + (row // self.BLOCK_Q).to(gl.int64) * self.stride_t
+
+    @gluon.jit
+    def steps(self, last):
+        """Steps that ``last`` blocks take; a step without blocks for an empty list."""
+        slots: gl.constexpr = self.BLOCK_N // self.BLOCK_K
+        return gl.maximum((last + slots - 1) // slots, 1)
+
+    @gluon.jit
+    def start(self, address, last, slot):
+        """First key of the block in a slot of the list; past the last key for a gap."""
+        start = slot * self.BLOCK_K
+        if self.LISTED:
+            start = gl.load(address + slot, mask=slot < last, other=0) * self.BLOCK_K
+        return gl.where(slot < last, start, self.kv_len)

@@ -1,0 +1,238 @@
+"""Simulate the barrier protocol of kernels/hopper/forward.py, one program, in random order.
+
+    python scratch/hopper/protocol_sim.py [runs]
+
+Producer, warpgroups and copy engine are generators that are stepped in random order; every step
+of a warpgroup is split where the hardware could be overtaken. Found are: deadlock, a slot that is
+filled while a product still reads it, a slot read before its bytes came or with the bytes of
+another step, a barrier that runs ahead by more than a phase, an item told wrongly.
+"""
+
+import random
+import sys
+
+
+class Barrier:
+    """An mbarrier: a phase completes when all arrivals and all bytes are in."""
+
+    def __init__(self, count):
+        self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
+
+    def arrive(self, expect=0):
+        assert self.pending > 0, "more arrivals than the phase has"
+        self.bytes += expect
+        self.pending -= 1
+        self.check()
+
+    def complete(self, count):
+        self.bytes -= count
+        self.check()
+
+    def check(self):
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+    def passed(self, parity):
+        """What try_wait.parity says: the phase of that parity is over."""
+        return self.phase % 2 != parity
+
+
+class Named:
+    """A named barrier of two parties, one arriving, one waiting."""
+
+    def __init__(self):
+        self.arrived = 0
+
+    def arrive(self):
+        assert self.arrived == 0, "arrived twice"
+        self.arrived = 1
+
+
+class Ring:
+    def __init__(self, name, slots, readers):
+        self.name, self.slots = name, slots
+        self.full = [Barrier(1) for _ in range(slots)]
+        self.empty = [Barrier(readers) for _ in range(slots)]
+        self.content = [None] * slots
+        self.reading = [0] * slots
+
+    def wait_full(self, use):
+        while not self.full[use % self.slots].passed(use // self.slots & 1):
+            yield
+
+    def wait_empty(self, use):
+        while not self.empty[use % self.slots].passed(use // self.slots & 1 ^ 1):
+            yield
+
+    def start_read(self, use, tag):
+        slot = use % self.slots
+        assert self.content[slot] == tag, f"{self.name}: {self.content[slot]} instead of {tag}"
+        self.reading[slot] += 1
+
+    def end_read(self, use, tag):
+        slot = use % self.slots
+        assert self.content[slot] == tag, f"{self.name}: overwritten while read"
+        self.reading[slot] -= 1
+
+    def release(self, use):
+        self.empty[use % self.slots].arrive()
+
+    def fetch(self, use, tag, engine):
+        slot = use % self.slots
+        assert self.reading[slot] == 0, f"{self.name}: filled while read"
+        self.content[slot] = "half written"
+        self.full[slot].arrive(expect=2)
+        engine.append((self, slot, tag))
+        engine.append((self, slot, tag))
+
+
+def copy_engine(engine):
+    """Copies finish in any order."""
+    while True:
+        if engine:
+            ring, slot, tag = engine.pop(random.randrange(len(engine)))
+            if all(other[:2] != (ring, slot) for other in engine):
+                ring.content[slot] = tag
+            ring.full[slot].complete(1)
+        yield
+
+
+def producer(program, items):
+    turn = use = 0
+    for item, steps in enumerate(items):
+        yield from program.queries.wait_empty(turn)
+        program.work[turn % 2] = (item, steps)
+        yield
+        program.queries.fetch(turn, ("q", item), program.engine)
+        turn += 1
+        for step in range(steps):
+            yield from program.keys.wait_empty(use)
+            program.keys.fetch(use, ("k", item, step), program.engine)
+            yield
+            yield from program.values.wait_empty(use)
+            program.values.fetch(use, ("v", item, step), program.engine)
+            yield
+            use += 1
+    yield from program.queries.wait_empty(turn)
+    program.work[turn % 2] = (-1, 0)
+    yield
+    program.queries.fetch(turn, ("q", -1), program.engine)
+    yield from program.keys.wait_empty(use)
+    program.keys.fetch(use, ("k", -1, 0), program.engine)
+
+
+def products(program, me, use, turn, key_tag, value_tag):
+    """Q K^T of a step and P V of the one before; returns with P V in flight."""
+    if program.ping_pong:
+        while not program.turns[me].arrived:
+            yield
+        program.turns[me].arrived = 0
+    yield from program.keys.wait_full(use)
+    program.keys.start_read(use, key_tag)
+    program.queries.start_read(turn, ("q", key_tag[1]))
+    yield
+    yield from program.values.wait_full(use - 1)
+    program.values.start_read(use - 1, value_tag)
+    if program.ping_pong:
+        program.turns[1 - me].arrive()
+    yield
+    program.keys.end_read(use, key_tag)
+    program.queries.end_read(turn, ("q", key_tag[1]))
+    program.keys.release(use)
+    yield
+
+
+def finish(program, use, value_tag):
+    program.values.end_read(use - 1, value_tag)
+    program.values.release(use - 1)
+    yield
+
+
+def receive(program, turn):
+    yield from program.queries.wait_full(turn)
+    return program.work[turn % 2]
+
+
+def consumer(program, me, items):
+    if program.ping_pong and me == 1:
+        program.turns[0].arrive()
+    item, steps = yield from receive(program, 0)
+    yield from program.keys.wait_full(0)
+    program.keys.start_read(0, ("k", 0, 0))
+    yield
+    program.keys.end_read(0, ("k", 0, 0))
+    program.keys.release(0)
+    turn, use, seen = 0, 1, []
+    while item >= 0:
+        seen.append((item, steps))
+        for step in range(1, steps):
+            value = ("v", item, step - 1)
+            yield from products(program, me, use, turn, ("k", item, step), value)
+            yield from finish(program, use, value)
+            use += 1
+        program.queries.release(turn)
+        yield
+        turn += 1
+        following, following_steps = yield from receive(program, turn)
+        value = ("v", item, steps - 1)
+        yield from products(program, me, use, turn, ("k", following, 0), value)
+        yield from finish(program, use, value)
+        use += 1
+        item, steps = following, following_steps
+    assert seen == list(enumerate(items)), "items were told wrongly"
+
+
+class Program:
+    def __init__(self, warpgroups, stages, ping_pong):
+        self.queries = Ring("Q", 2, warpgroups)
+        self.keys = Ring("K", stages, warpgroups)
+        self.values = Ring("V", stages, warpgroups)
+        self.work, self.engine = [None, None], []
+        self.turns, self.ping_pong = [Named(), Named()], ping_pong
+
+
+def run(seed):
+    random.seed(seed)
+    warpgroups = random.choice((1, 2))
+    ping_pong = warpgroups == 2 and random.random() < 0.7
+    program = Program(warpgroups, random.choice((2, 4)), ping_pong)
+    items = [random.choice((1, 1, 2, 3, 5, 8)) for _ in range(random.randint(1, 8))]
+    actors = {"producer": producer(program, items)}
+    actors |= {f"warpgroup {i}": consumer(program, i, items) for i in range(warpgroups)}
+    actors["engine"] = copy_engine(program.engine)
+    # Some runs starve one actor, others are fair.
+    weights = {name: random.choice((0.05, 1, 1, 1)) for name in actors}
+    idle = 0
+    while len(actors) > 1:
+        name = random.choices(list(actors), [weights[n] for n in actors])[0]
+        before = state(program)
+        try:
+            next(actors[name])
+        except StopIteration:
+            del actors[name]
+            idle = 0
+            continue
+        idle = idle + 1 if state(program) == before else 0
+        assert idle < 20000, f"deadlock of {sorted(actors)} with items {items}"
+    assert not program.engine, "a copy was still under way at the end"
+
+
+def state(program):
+    rings = (program.queries, program.keys, program.values)
+    barriers = [b for r in rings for b in (*r.full, *r.empty)]
+    return (
+        [(b.phase, b.pending, b.bytes) for b in barriers],
+        [tuple(r.reading) for r in rings],
+        [t.arrived for t in program.turns],
+        len(program.engine),
+    )
+
+
+if __name__ == "__main__":
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+    for seed in range(runs):
+        try:
+            run(seed)
+        except AssertionError as error:
+            sys.exit(f"seed {seed}: {error}")
+    print(f"{runs} random runs: no deadlock, no slot reused too early, no wrong tile")
