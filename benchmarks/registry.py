@@ -139,7 +139,7 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             "geometry",
-            "orders of points, EntropyNet's too, and the triangulations that they speed up",
+            "orders of points by their entropy, and the triangulations that they speed up",
             measures_cpu=True,
         ),
         Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
