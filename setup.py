@@ -36,7 +36,7 @@ setup(
     packages=[*find_packages(include=["entropy_attn", "entropy_attn.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
-        "entropy_attn": ["py.typed", "**/*.json"],
+        "entropy_attn": ["py.typed", "**/*.json", "**/*.safetensors"],
         "entropy_attn.benchmarks": ["*.jinja"],
     },
     include_package_data=False,

@@ -11,6 +11,7 @@ import entropy_attn as ea
 from entropy_attn.partition.anchors import place_anchors
 
 RANDOM, HILBERT, BRIO = "random", "Hilbert", "BRIO"
+NATIVE = "as they come"
 _SAMPLE = 8192
 
 

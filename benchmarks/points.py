@@ -124,7 +124,11 @@ def real(name: str) -> np.ndarray:
     Raises:
         PointsNotFound: its package is not installed.
     """
-    points = REAL[name]()
+    return distinct(REAL[name]())
+
+
+def distinct(points: np.ndarray) -> np.ndarray:
+    """The points without copies, in their order."""
     _, first = np.unique(points, axis=0, return_index=True)
     return points[np.sort(first)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_attn.benchmarks import (
+    report_entropy_net,
     report_finetune,
     report_geometry,
     report_hulls,
@@ -326,6 +327,7 @@ TABLES: dict[str, Callable[[Store], str]] = {
     **report_vision.TABLES,
     **report_geometry.TABLES,
     **report_hulls.TABLES,
+    **report_entropy_net.TABLES,
 }
 
 
@@ -382,6 +384,7 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
-    for part in (report_finetune, report_vision, report_geometry, report_hulls):
+    geometry = (report_geometry, report_hulls, report_entropy_net)
+    for part in (report_finetune, report_vision, *geometry):
         drawn += part.draw(store, folder)
     return drawn

@@ -329,7 +329,7 @@ def test_bad_points(points, error, says) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (dict(method="peano"), "hilbert, brio, cells, random, got 'peano'"),
+        (dict(method="peano"), "hilbert, brio, cells, learned, random, got 'peano'"),
         (dict(method="cells"), "needs anchors"),
         (dict(anchors=np.zeros((2, 2))), "anchors are for"),
         (dict(method="cells", anchors=np.zeros((0, 2))), "anchors holds no row"),

@@ -89,6 +89,7 @@ def test_the_wheel_has_all_modules_and_no_other_top_level_name(distributions):
     assert {name for name in names if name.endswith(".py")} == modules_on_disk()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"entropy_attn"}
     assert "entropy_attn/py.typed" in names
+    assert "entropy_attn/geometry/entropy_net.safetensors" in names
     assert not [name for name in names if "benchmarks/results" in name]
 
 

@@ -1,9 +1,9 @@
 """Hulls; orders of points: what they cost, their entropy, the triangulations that they speed up.
 
-CPU only. Hulls have a module of their own, `hulls`. Of the others there are four kinds of records:
-"order" is the time of a permutation; "entropy" sets the entropy of many orders against run times;
-"triangulate" compares the main orders at full size, with the time of ordering apart; "whole" is
-`ea.geometry.triangulate` against the libraries as they come.
+CPU only. Hulls have a module of their own, `hulls`, and so have the orders of EntropyNet. Of the
+others there are four kinds of records: "order" is the time of a permutation; "entropy" sets the
+entropy of many orders against run times; "triangulate" compares the main orders at full size, with
+the time of ordering apart; "whole" is `ea.geometry.triangulate` against the libraries as they come.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ import numpy as np
 import torch
 
 import entropy_attn as ea
+from entropy_attn.benchmarks import entropy_net
 from entropy_attn.benchmarks.hulls import hull_rows
-from entropy_attn.benchmarks.orders import BRIO, HILBERT, RANDOM, all_orders, main_orders
+from entropy_attn.benchmarks.orders import (
+    BRIO,
+    HILBERT,
+    NATIVE,
+    RANDOM,
+    all_orders,
+    main_orders,
+)
 from entropy_attn.benchmarks.points import FAMILIES, REAL, PointsNotFound, family, real
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.benchmarks.triangulators import TRIANGULATORS, Triangulator
 
-NATIVE = "as they come"
 OURS = "ea.geometry.triangulate"
 
 
@@ -46,7 +53,9 @@ class Plan:
         if form == "full":
             # On a circle exact arithmetic takes the time, minutes of it, whatever the order.
             ranked = tuple(name for name in FAMILIES if name != "circle")
-            return cls(10**6, 10**5, 3, 2, tuple(FAMILIES), ranked, ("square",), tuple(REAL))
+            return cls(
+                10**6, 10**5, 3, 2, tuple(FAMILIES), ranked, ("square",), ("cities", "Gaia stars")
+            )
         few = ("square", "gauss")
         return cls(20_000, 10_000, 1, 1, few, few, few, ("cities",) if form == "quick" else ())
 
@@ -64,6 +73,7 @@ def run(context: Context) -> Iterator[Row]:
         yield from _whole(context, name, points, plan)
     for name in plan.real:
         yield from _real(context, name, plan)
+    yield from entropy_net.run(context)
 
 
 # --- orders ---

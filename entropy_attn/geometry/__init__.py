@@ -14,12 +14,14 @@ except ImportError as error:
         name=error.name,
     ) from error
 
+from entropy_attn.geometry.entropy_net import EntropyNet
 from entropy_attn.geometry.hull import convex_hull
 from entropy_attn.geometry.orders import entropy_order
 from entropy_attn.geometry.sequence_entropy import order_entropy, run_entropy, soft_order_entropy
 from entropy_attn.geometry.triangulation import triangulate
 
 __all__ = [
+    "EntropyNet",
     "convex_hull",
     "entropy_order",
     "order_entropy",

@@ -29,10 +29,24 @@ def hilbert_keys(points: np.ndarray) -> np.ndarray:
     Args:
         points: (n, 2) or (n, 3) finite float64 or float32.
     """
-    low, scale = _grid(points, 1 << BITS[points.shape[1]])
+    return keys_on_grid(points, *grid(points))
+
+
+def keys_on_grid(points: np.ndarray, low: np.ndarray, scale: float) -> np.ndarray:
+    """`hilbert_keys` on a grid with this lowest corner and so many cells a unit of length."""
     digits, states = curve_tables(points.shape[1])
     keys = _keys_2d if points.shape[1] == 2 else _keys_3d
     return keys(points, low, scale, digits, states)
+
+
+def grid(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """The lowest corner (d,) and the cells a unit of length, 0 where all points coincide."""
+    low, high = bounds(points)
+    # Halves: the extent may overflow.
+    extent = float((high * 0.5 - low * 0.5).max())
+    # The least extents have no finite reciprocal; the points then share a few cells.
+    cells = 1 << BITS[points.shape[1]]
+    return low, 0.5 * cells / max(extent, 1e-300) if extent > 0 else 0.0
 
 
 @cache
@@ -88,15 +102,6 @@ def _rotate(word: int, left: int, bits: int) -> int:
 
 def _trailing_ones(number: int) -> int:
     return (~number & number + 1).bit_length() - 1
-
-
-def _grid(points: np.ndarray, cells: int) -> tuple[np.ndarray, float]:
-    """The lowest corner and the cells a unit of length; halved where the extent overflows."""
-    low, high = bounds(points)
-    extent = float((high * 0.5 - low * 0.5).max())
-    # The least extents have no finite reciprocal; the points then share a few cells.
-    scale = 0.5 * cells / max(extent, 1e-300) if extent > 0 else 0.0
-    return low, scale
 
 
 @njit(cache=True, nogil=True)

@@ -13,14 +13,16 @@ import numpy as np
 from numba import njit
 
 from entropy_attn.geometry.cells import nearest_cells
+from entropy_attn.geometry.entropy_net import pretrained
 from entropy_attn.geometry.hilbert import hilbert_keys
-from entropy_attn.geometry.points import finite_points
+from entropy_attn.geometry.learned_order import learned_order
+from entropy_attn.geometry.points import check_seed, finite_points, sortable
 from entropy_attn.geometry.radix import sorting_permutation
 
 # Of a byte; 8 for 0. A branch on each bit of a random word would be mispredicted.
 _TRAILING_ZEROS = np.array([8] + [(b & -b).bit_length() - 1 for b in range(1, 256)], np.uint8)
 
-METHODS = ("hilbert", "brio", "cells", "random")
+METHODS = ("hilbert", "brio", "cells", "learned", "random")
 
 
 def entropy_order(
@@ -35,19 +37,22 @@ def entropy_order(
       incremental algorithm, whatever the points.
     - "cells": by the nearest of given anchors; cells follow one another along a Hilbert curve
       through the anchors, points of one cell stay in their order.
+    - "learned": by the cells of `EntropyNet`, in the plane; a sample of at most 4096 points that
+      the network has seen comes first, then the others along the same path.
     - "random": a shuffle, the baseline.
 
     Args:
-        points: (n, 2) or (n, 3) floats or integers, n below 2^32.
+        points: (n, 2) or, except for "learned", (n, 3) floats or integers, n below 2^32.
         method: see above.
         anchors: (k, d), for "cells" alone.
-        seed: of "brio" and "random"; the same seed gives the same order.
+        seed: of "brio", "learned" and "random"; the same seed gives the same order.
 
     Returns:
         (n,) int64: take ``points[order]``.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
+        ImportError: "learned" without safetensors, which its weights are read with.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -57,23 +62,22 @@ def entropy_order(
             if method == "cells"
             else f"anchors are for method='cells', not {method!r}; leave them out"
         )
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be an int >= 0, got {seed!r}")
-    array = finite_points(points)
+    seed = check_seed(seed)
+    array = sortable(finite_points(points, dims=(2,) if method == "learned" else (2, 3)))
     n = len(array)
-    if n >= 2**32:
-        raise ValueError(f"points holds {n} rows; at most 2^32 - 1 are allowed")
     if method == "cells":
         centres = finite_points(anchors, dims=array.shape[1:], name="anchors").astype(np.float64)
         if len(centres) == 0:
             raise ValueError("anchors holds no row; at least one is needed")
         return _by_cells(array, centres)
     if method == "random":
-        return np.random.default_rng(int(seed)).permutation(n)
+        return np.random.default_rng(seed).permutation(n)
+    if method == "learned":
+        return learned_order(pretrained().cut, array, seed)
     if n == 0:
         return np.empty(0, np.int64)
     along = sorting_permutation(hilbert_keys(array))
-    return along if method == "hilbert" else _in_rounds(along, int(seed) % 2**64)
+    return along if method == "hilbert" else _in_rounds(along, seed % 2**64)
 
 
 def _by_cells(points: np.ndarray, anchors: np.ndarray) -> np.ndarray:

@@ -64,6 +64,17 @@ def check_finite(points: np.ndarray, rows: np.ndarray | None = None, name: str =
     _refuse_row(~np.isfinite(points), points, "remove or repair it", rows, name)
 
 
+def sortable(points: np.ndarray) -> np.ndarray:
+    """The points, if their indices fit into the 32 bits that orders are sorted with.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if len(points) >= 2**32:
+        raise ValueError(f"points holds {len(points)} rows; at most 2^32 - 1 are allowed")
+    return points
+
+
 def as_order(order: Any, count: int) -> np.ndarray:
     """(count,) int64, each of 0 to count - 1 once.
 
@@ -80,6 +91,17 @@ def as_order(order: Any, count: int) -> np.ndarray:
     if not inside or (np.bincount(array, minlength=count) != 1).any():
         raise ValueError(f"order must hold each index from 0 to {count - 1} once")
     return np.ascontiguousarray(array)
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int.
+
+    Raises:
+        ValueError: it is no integer, or negative.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed must be an int >= 0, got {seed!r}")
+    return int(seed)
 
 
 def check_tensor(points: Tensor) -> Tensor:
