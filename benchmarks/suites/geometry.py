@@ -27,7 +27,7 @@ from entropy_attn.benchmarks.orders import (
     all_orders,
     main_orders,
 )
-from entropy_attn.benchmarks.points import FAMILIES, REAL, PointsNotFound, family, real
+from entropy_attn.benchmarks.points import FAMILIES, PointsNotFound, family, real
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.benchmarks.triangulators import TRIANGULATORS, Triangulator
