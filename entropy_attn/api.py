@@ -135,7 +135,7 @@ def block_sparse_attention(
     Args:
         query: (B, Hq, Nq, D), fp16, bf16, fp32 (fp64 on the reference backend), D 16 to 256.
         key, value: (B, Hkv, Nk, D), Hq a multiple of Hkv.
-        block_mask: built for Nq and Nk, with 1 or B batch rows and 1 or Hq heads.
+        block_mask: built for Nq and Nk, with 1 or B batch rows and 1, Hkv or Hq heads.
         is_causal: mask keys after the query, aligned to the last valid key.
         scale: factor of the scores, head_dim ** -0.5 by default.
         kv_lens: (B,) int32, valid keys of each row; later keys are padding.

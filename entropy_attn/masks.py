@@ -37,7 +37,8 @@ class BlockMask:
 
     Attributes:
         kv_num_blocks: (B|1, H|1, Mq) int32, how many key blocks each query block visits. H counts
-            query heads; a 1 stands for every batch or head.
+            query heads, or in calls the heads of keys, whose query heads then share their lists; a
+            1 stands for every batch or head.
         kv_indices: (B|1, H|1, Mq, W) int32, the key blocks in ascending order, each at most once
             (the constructor sorts unsorted ones), W >= the largest count; entries past the count
             are unspecified but lie in [0, Mk). May be expanded: strides of 0 are common.

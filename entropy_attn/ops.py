@@ -64,7 +64,7 @@ def forward_kernel(
         )  # fmt: skip
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
-    # By sizes alone, so that a captured graph gives the same numbers as the call that it replays.
+    # Captured or not: a graph gives the numbers of the call that it replays.
     if batch * heads * q_len * key.shape[2] < SMALL:
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"

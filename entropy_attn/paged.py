@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from entropy_attn import backend as backend_table
 from entropy_attn import ops
 from entropy_attn import validation as check
+from entropy_attn.autocast import follow_autocast
 from entropy_attn.masks import BlockMask
 
 # What a call walks in without a mask.
@@ -52,7 +54,10 @@ def paged_attention(
         TypeError, ValueError: an argument is not allowed; the message names it.
         BackendUnavailable: a named backend cannot run this call.
     """
+    query, key_pages, value_pages = follow_autocast(query, key_pages, value_pages)
     check.check_pages(query, key_pages, value_pages, block_table)
+    if torch.is_grad_enabled():
+        check.check_no_gradient(query=query, key_pages=key_pages, value_pages=value_pages)
     if kv_lens is None:
         raise TypeError("kv_lens must be an int32 tensor of shape (batch,), got None")
     check.check_lens("kv_lens", kv_lens, query)

@@ -24,9 +24,14 @@ MOST_PAGED_QUERIES = 16
 ENTROPY_KINDS = ("row", "block", "tile")
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
-    """Shapes, dtypes and devices of (B, Hq, Nq, D) and (B, Hkv, Nk, D)."""
-    named = {"query": query, "key": key} | ({} if value is None else {"value": value})
+def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None, suffix: str = "") -> None:
+    """Shapes, dtypes and devices of (B, Hq, Nq, D) and (B, Hkv, Nk, D).
+
+    Args:
+        suffix: of the names of key and value.
+    """
+    key_name, value_name = f"key{suffix}", f"value{suffix}"
+    named = {"query": query, key_name: key} | ({} if value is None else {value_name: value})
     for name, tensor in named.items():
         check_tokens(name, tensor)
         if tensor.dtype != query.dtype:
@@ -40,15 +45,17 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
             )
     batch, heads, _, head_dim = query.shape
     if key.shape[0] != batch:
-        raise ValueError(f"key has batch size {key.shape[0]} but query has {batch}")
+        raise ValueError(f"{key_name} has batch size {key.shape[0]} but query has {batch}")
     if key.shape[3] != head_dim:
-        raise ValueError(f"key has head_dim {key.shape[3]} but query has {head_dim}")
+        raise ValueError(f"{key_name} has head_dim {key.shape[3]} but query has {head_dim}")
     if key.shape[1] == 0 or heads % key.shape[1] != 0:
         raise ValueError(
-            f"query has {heads} heads, which is not a multiple of key's {key.shape[1]} heads"
+            f"query has {heads} heads, which is not a multiple of {key_name}'s {key.shape[1]} heads"
         )
     if value is not None and value.shape != key.shape:
-        raise ValueError(f"value has shape {tuple(value.shape)} but key has {tuple(key.shape)}")
+        raise ValueError(
+            f"{value_name} has shape {tuple(value.shape)} but {key_name} has {tuple(key.shape)}"
+        )
     low, high = HEAD_DIMS
     if not low <= head_dim <= high:
         raise ValueError(f"head_dim is {head_dim}; allowed are {low} to {high}")
@@ -104,24 +111,20 @@ def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
 
 def check_pages(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor) -> None:
     """Pages (P, Hkv, page, D) and a table (B, M) int32; the table's values are not read."""
-    for name, tensor in (
-        ("query", query), ("key_pages", key_pages), ("value_pages", value_pages)
-    ):  # fmt: skip
-        check_tokens(name, tensor)
-    one = query[:1], key_pages[:1], value_pages[:1]
-    check_qkv(*one)
-    if value_pages.shape != key_pages.shape:
-        raise ValueError(
-            f"value_pages has shape {tuple(value_pages.shape)} but key_pages has "
-            f"{tuple(key_pages.shape)}"
-        )
+    check_tokens("query", query)
+    check_tokens("key_pages", key_pages)
+    # Pages are no batch rows: what they must have in common with queries is all but those.
+    like_a_batch = query.new_empty(()).expand(key_pages.shape[0], *query.shape[1:])
+    check_qkv(like_a_batch, key_pages, value_pages, suffix="_pages")
     if not 1 <= query.shape[2] <= MOST_PAGED_QUERIES:
         raise ValueError(
             f"query has {query.shape[2]} tokens a sequence; paged attention takes 1 to "
             f"{MOST_PAGED_QUERIES}, the last ones. Gather the pages and use block_sparse_attention"
         )
-    if key_pages.shape[2] == 0:
-        raise ValueError("key_pages has pages of 0 tokens")
+    if 0 in key_pages.shape[:1] + key_pages.shape[2:3]:
+        raise ValueError(
+            f"key_pages has shape {tuple(key_pages.shape)}; there must be a page, and a token in it"
+        )
     if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
         got = block_table.dtype if isinstance(block_table, Tensor) else type(block_table).__name__
         raise TypeError(f"block_table must be an int32 tensor of shape (batch, pages), got {got}")
@@ -132,6 +135,16 @@ def check_pages(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_tab
         )
     if block_table.device != query.device:
         raise ValueError(f"block_table is on {block_table.device} but query is on {query.device}")
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """That no gradient is asked of what has none."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, and paged attention has none: call it under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
 
 
 def check_block_mask(

@@ -204,8 +204,8 @@ def _forward_kernel(
             ROW_ENTROPY, BLOCK_ENTROPY, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
-    # A row without a key, or past its batch row's length: 0 and -inf.
-    alive = (mass > 0.0) & (rows < q_end)
+    # A row without a key, or past its batch row's length: 0 and -inf. What is NaN stays NaN.
+    alive = (mass != 0.0) & (rows < q_end)
     safe_mass = tl.where(alive, mass, 1.0)
     acc = tl.where(alive[:, None], acc / safe_mass[:, None], 0.0)
     out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])

@@ -48,7 +48,9 @@ FEW_QUERIES = 16
 PROGRAMS = 512
 LEAST_KEYS = 256
 MOST_SPLITS = 128
-COUNTS = ("pack", "splits")
+# Rows of a tile; more would spill.
+MOST_ROWS = 64
+COUNTS = ("pack", "sharing", "splits")
 
 
 @triton.jit
@@ -86,14 +88,17 @@ def _split_kernel(
     counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr, table_ptr,
     query_strides, key_strides, value_strides, stride_table,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, group, pack, splits, q_len, kv_len, window, scale_log2,
+    heads, group, pack, sharing, splits, q_len, kv_len, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``pack`` query heads that share a list and a key head, and a part of the listed blocks."""
+    """``pack`` query heads that share a key head and a list, and a part of the listed blocks.
+
+    ``group`` heads share a key head, ``sharing`` a list.
+    """
     packs = heads // pack
     batch = tl.program_id(0) // packs
     packed = tl.program_id(0) % packs
@@ -107,7 +112,7 @@ def _split_kernel(
     row = lane % q_len
     positions = row + (kv_end - q_end)
     list_pointer, _, first, _, last = tile_blocks(
-        counts_ptr, indices_ptr, batch, packed, 0,
+        counts_ptr, indices_ptr, batch, packed * pack // sharing, 0,
         (count_stride_b, count_stride_h, count_stride_t),
         (index_stride_b, index_stride_h, index_stride_t),
         q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
@@ -121,7 +126,8 @@ def _split_kernel(
     dims = tl.arange(0, BLOCK_D)
     query_base = query_ptr + batch.to(tl.int64) * query_strides[0]
     query_rows = head.to(tl.int64) * query_strides[1] + row.to(tl.int64) * query_strides[2]
-    query_pointers = query_base + query_rows[:, None] + dims[None, :] * query_strides[3]
+    wide = dims.to(tl.int64)[None, :]
+    query_pointers = query_base + query_rows[:, None] + wide * query_strides[3]
     query = load_tile(query_pointers, lane, pack * q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
 
     # Pages lie in the first dimension, where batch rows would.
@@ -138,7 +144,7 @@ def _split_kernel(
         places = _row_places(
             keys, kv_end, table_ptr, batch, stride_table, key_strides[0], key_strides[2], PAGE
         )
-        pointers = key_base + places[:, None] + dims[None, :] * key_strides[3]
+        pointers = key_base + places[:, None] + wide * key_strides[3]
         key = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
@@ -149,12 +155,12 @@ def _split_kernel(
         places = _row_places(
             keys, kv_end, table_ptr, batch, stride_table, value_strides[0], value_strides[2], PAGE
         )
-        pointers = value_base + places[:, None] + dims[None, :] * value_strides[3]
+        pointers = value_base + places[:, None] + wide * value_strides[3]
         value = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)  # (M, D)
 
-    alive = (mass > 0.0) & (row < q_end)
+    alive = (mass != 0.0) & (row < q_end)  # what is NaN stays NaN
     safe_mass = tl.where(alive, mass, 1.0)
     acc = tl.where(alive[:, None], acc / safe_mass[:, None], 0.0)
     lse = tl.where(alive, maximum + tl.log2(safe_mass), float("-inf"))
@@ -188,10 +194,11 @@ def _combine_kernel(
         pointers = partial_ptr + tile_offsets(base + some, HEAD_DIM, BLOCK_D, 1)
         partial = load_tile(pointers, some, splits, HEAD_DIM, BLOCK_D, True)  # (CHUNK, D)
         acc += tl.sum(tl.exp2(lse - maximum)[:, None] * partial, 0)
-    alive = mass > 0.0
+    alive = mass != 0.0
     safe_mass = tl.where(alive, mass, 1.0)
     out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
-    pointers = out_base + row.to(tl.int64) * out_strides[2] + dims * out_strides[3]
+    pointers = out_base + row.to(tl.int64) * out_strides[2]
+    pointers += dims.to(tl.int64) * out_strides[3]
     tl.store(pointers, (acc / safe_mass).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
     total = tl.where(alive, (maximum + tl.log2(safe_mass)) * LN_2, float("-inf"))
     tl.store(lse_ptr + flat, total)
@@ -217,6 +224,13 @@ def split_count(programs: int, keys: int) -> int:
     """Over how many programs the keys are split, the same on every GPU."""
     wanted = -(-PROGRAMS // max(1, programs))
     return max(1, min(wanted, -(-keys // LEAST_KEYS), MOST_SPLITS))
+
+
+def heads_a_tile(group: int, q_len: int) -> int:
+    """Of ``group`` heads with the same keys, how many are one tile: a divisor of their number."""
+    return max(
+        n for n in range(1, group + 1) if group % n == 0 and n * q_len <= max(MOST_ROWS, q_len)
+    )
 
 
 def split_forward(
@@ -249,6 +263,7 @@ def split_forward(
     kv_heads, page = key.shape[1], 0
     kv_len = key.shape[2]
     if block_table is not None:
+        block_table = block_table.contiguous()
         page, kv_len = kv_len, kv_len * block_table.shape[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -259,8 +274,9 @@ def split_forward(
 
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     group = heads // kv_heads
-    shares_lists = indices is None or indices.shape[1] in (1, kv_heads)
-    pack = group if shares_lists else 1
+    # Heads a list is shared by; a list for all is of stride 0.
+    sharing = 1 if indices is None else heads // indices.shape[1]
+    pack = heads_a_tile(group if indices is None else min(group, sharing), q_len)
     blocks = -(-kv_len // block_size[1]) if indices is None else indices.shape[3]
     splits = split_count(batch * heads // pack, blocks * block_size[1])
     partial = query.new_empty((*query.shape[:3], splits, head_dim), dtype=torch.float32)
@@ -272,9 +288,9 @@ def split_forward(
         _split_kernel[(batch * heads // pack, splits)](
             query, key, value, partial, partial_lse, counts, indices, kv_lens, q_lens, block_table,
             query.stride(), key.stride(), value.stride(),
-            0 if block_table is None else block_table.stride(0),
+            0 if block_table is None else block_table.shape[1],
             *list_strides(counts, indices),
-            heads, group, pack, splits, q_len, kv_len, window, exponent_scale(scale),
+            heads, group, pack, sharing, splits, q_len, kv_len, window, exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
             BLOCK_M=max(16, triton.next_power_of_2(pack * q_len)), BLOCK_N=config.block_n,
             PAGE=page, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,

@@ -407,6 +407,7 @@ CASES = (
     Decode(64, 128, queries=8, group=8, page=16, length=1024),
     Decode(256, 16, torch.float16, page=64),
     Decode(256, 64, torch.float32),
+    Decode(128, 64, queries=16, group=32),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),

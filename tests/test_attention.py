@@ -399,6 +399,8 @@ def test_results_are_deterministic() -> None:
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31() -> None:
     """A fused QKV of 5.4 GB: the last head's rows lie more than 2^31 elements in."""
+    from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
+
     length, heads, head_dim, block = 110_000, 64, 128, 128
     fused = torch.randn(1, length, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     query, key, value = (t.transpose(1, 2) for t in fused.unbind(2))
@@ -425,5 +427,14 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
     exact, plain = expected(torch.float32), expected(torch.bfloat16)
     assert_close_to_reference(out[:, :, rows], plain[0], exact[0], "out")
+    # So large a call may have run in a kernel of this GPU's own.
+    portable, *_ = block_sparse_forward(
+        *(t.detach() for t in (query, key, value)), counts, last, None, None, (block, block), False,
+        0, head_dim**-0.5, False, False,
+    )  # fmt: skip
+    assert_close_to_reference(
+        portable[:, :, rows], plain[0], exact[0], "out of the portable kernel"
+    )
+    del portable
     for grad, part, *references in zip(grads, (rows, tail, tail), plain[1], exact[1], strict=True):
         assert_close_to_reference(grad[:, :, part], *references, "gradient")

@@ -14,8 +14,10 @@ from torch import Tensor
 import entropy_attn as ea
 from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.suites import decode as suite
+from entropy_attn.kernels.decode import FEW_QUERIES, heads_a_tile
 from entropy_attn.reference.attention import compute_dtype
 from entropy_attn.testing import assert_close_to_reference
+from entropy_attn.validation import MOST_PAGED_QUERIES
 
 LONG = Case(q_len=1, kv_len=900, is_causal=True, block_size=(16, 64), heads=4, kv_heads=2)
 CASES = [
@@ -27,6 +29,7 @@ CASES = [
     replace(LONG, heads=12, kv_heads=1, q_len=4, head_dim=96, block_size=(32, 16)),
     replace(LONG, q_len=2, block_size=(16, 256), dtype=torch.float16),
     replace(LONG, q_len=8, kv_len=5, density=None, is_causal=True),  # queries before every key
+    replace(LONG, q_len=12, heads=24, kv_heads=2, head_dim=16),  # more rows than one tile takes
 ]
 LARGE = [
     Case(head_dim=head_dim, dtype=dtype, q_len=q_len, kv_len=20_000, heads=16, kv_heads=kv_heads,
@@ -199,6 +202,52 @@ def test_every_head_may_have_a_list_of_its_own(device: str):
     assert_close_to_reference(out, plain, exact)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_any_table_that_says_the_same(backend: str, device: str):
+    device = device if backend == "triton" else "cpu"
+    problem = Case(q_len=1, kv_len=200, heads=4, kv_heads=2).build(device)
+    key_pages, value_pages, table = paged(problem, 16)
+    lens = torch.tensor([200, 77], dtype=torch.int32, device=device)
+
+    def run(table):
+        return ea.paged_attention(
+            problem.query, key_pages, value_pages, table, lens, backend=backend
+        )
+
+    expected = run(table)
+    doubled = table.repeat_interleave(2, 1)
+    for same in (table.t().contiguous().t(), doubled[:, ::2]):
+        assert torch.equal(run(same), expected)
+    # Rubbish past the end is never followed; the keys are split over other programs.
+    torch.testing.assert_close(run(torch.cat([table, table - 999], 1)), expected)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_what_is_not_a_number_stays_so(q_len: int, device: str):
+    query, key, value = torch.randn(3, 1, 2, 64, 16, device=device)
+    query = query[:, :, :q_len].clone()
+    query[0, 0, 0, 3] = float("nan")
+    mask = ea.BlockMask.full(1, 1, q_len, 64, 16, device=device)
+    for backend in ("triton", "reference"):
+        out, lse = ea.block_sparse_attention(
+            query, key, value, mask, return_lse=True, backend=backend
+        )
+        assert out[0, 0, 0].isnan().all()
+        assert lse[0, 0, 0].isnan()
+        assert not out[0, 1].isnan().any()
+
+
+def test_a_tile_takes_as_many_heads_as_fit():
+    assert [heads_a_tile(group, 1) for group in (1, 4, 8, 71, 128)] == [1, 4, 8, 1, 64]
+    assert [heads_a_tile(32, q_len) for q_len in (2, 8, 16)] == [32, 8, 4]
+    assert heads_a_tile(3, 16) == 3
+
+
+def test_few_queries_have_one_limit():
+    assert FEW_QUERIES == MOST_PAGED_QUERIES
+    assert FEW_QUERIES <= 16  # the smallest block, so that a tile has one list
+
+
 def test_the_op_of_pages_is_a_good_citizen(device: str):
     problem = Case(q_len=2, kv_len=64, heads=4, kv_heads=2).build(device)
     key_pages, value_pages, table = paged(problem, 16)
@@ -212,8 +261,9 @@ def test_the_op_of_pages_is_a_good_citizen(device: str):
 
 
 PAGES = torch.randn(5, 2, 16, 32)
+GOOD_QUERY = torch.randn(2, 4, 1, 32)
 GOOD = {
-    "query": torch.randn(2, 4, 1, 32), "key_pages": PAGES, "value_pages": PAGES,
+    "query": GOOD_QUERY, "key_pages": PAGES, "value_pages": PAGES,
     "block_table": torch.zeros(2, 3, dtype=torch.int32),
     "kv_lens": torch.tensor([40, 48], dtype=torch.int32),
 }  # fmt: skip
@@ -228,6 +278,8 @@ GOOD = {
         ({"key_pages": PAGES[..., 0]}, ValueError, "key_pages must have 4 dimensions"),
         ({"block_table": torch.zeros(2, 3)}, TypeError, "block_table must be an int32"),
         ({"block_table": torch.zeros(3, 3).int()}, ValueError, r"block_table.*\(2, pages\)"),
+        ({"query": GOOD_QUERY.clone().requires_grad_()}, ValueError, "no_grad"),
+        ({"key_pages": PAGES[:0], "value_pages": PAGES[:0]}, ValueError, "must be a page"),
         ({"kv_lens": None}, TypeError, "kv_lens must be an int32"),
         ({"kv_lens": torch.ones(3).int()}, ValueError, r"kv_lens must have shape \(2,\)"),
         ({"block_mask": ea.BlockMask.full(1, 1, 1, 64, 16)}, ValueError, "kv_len=64.*48"),
@@ -238,6 +290,11 @@ def test_errors_name_the_argument(changes, error, message):
     assert ea.paged_attention(**GOOD).shape == (2, 4, 1, 32)
     with pytest.raises(error, match=message):
         ea.paged_attention(**{**GOOD, **changes})
+
+
+def test_no_sequence_is_an_empty_result():
+    empty = {name: GOOD[name][:0] for name in ("query", "block_table", "kv_lens")}
+    assert ea.paged_attention(**{**GOOD, **empty}).shape == (0, 4, 1, 32)
 
 
 def test_the_cpu_dtype_of_lse(device: str):

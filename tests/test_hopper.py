@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import groupby
 
 import pytest
 import torch
 
 import entropy_attn as ea
+from entropy_attn import ops
 from entropy_attn.kernels.hopper.order import heads_together, work_order
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -47,7 +49,7 @@ def test_work_order(problem, is_listed, device):
     tiles = -(-q_len // block_m)
     assert items.pop()[0] == 0
     assert sorted(item[0] for item in items) == list(range(batch * heads * tiles))
-    together = heads_together(batch * heads, heads // kv_heads, kv_len, 64, 2, l2_bytes)
+    together = heads_together(batch * heads, heads // kv_heads, tiles, kv_len, 64, 2, l2_bytes)
     groups = [item[0] // tiles // together for item in items]
     assert groups == sorted(groups)
     if not (is_causal and is_listed):  # there the lengths that order them are bounds
@@ -121,3 +123,40 @@ def test_kept_order_and_many_launches():
         again = hopper_forward(query, key, value, *lists, (128, 128), False, 0.125, order=order)
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     assert order[-1, 0] == 0
+
+
+def test_so_many_tiles_are_not_all_compared():
+    assert heads_together(64, 1, 8192, 512, 64, 2, 50 << 20) == 2
+    assert heads_together(64, 1, 100_000, 512, 64, 2, 50 << 20) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel", "why"),
+    [
+        ({}, ops.HOPPER, "memory accelerator"),
+        ({"length": 4096}, ops.PORTABLE, "so small"),
+        ({"length": 16}, ops.DECODE, "at most 16 queries"),
+        ({"entropy": True}, ops.PORTABLE, "no entropies"),
+        ({"entropy": True, "length": 16}, ops.PORTABLE, ""),
+        ({"window": 100}, ops.PORTABLE, "no window"),
+        ({"dtype": torch.float32}, ops.PORTABLE, "fp16 and bf16"),
+        ({"head_dim": 72}, ops.HOPPER, ""),
+        ({"head_dim": 100}, ops.PORTABLE, "multiple of 8"),
+        ({"block": 32}, ops.PORTABLE, "no tiles for blocks"),
+        ({"arch": "sm80"}, ops.PORTABLE, "every GPU"),
+    ],
+)
+def test_which_kernel_runs(change, kernel, why, monkeypatch):
+    case = {"length": 16384, "head_dim": 64, "dtype": torch.bfloat16, "block": 64, "arch": "sm90"}
+    case |= change
+    for module in ("launch", "hopper.forward"):
+        name = f"entropy_attn.kernels.{module}"
+        monkeypatch.setattr(import_module(name), "architecture", lambda device: case["arch"])
+    shape = (2, 16, case["length"], case["head_dim"])
+    query = torch.empty(shape, dtype=case["dtype"], device="meta")
+    found, reason = ops.forward_kernel(
+        query, query, query, (case["block"],) * 2, True, case.get("window", 0), 0.1,
+        entropy=case.get("entropy", False),
+    )  # fmt: skip
+    assert found == kernel
+    assert why in reason

@@ -1,4 +1,6 @@
-"""The barrier protocol of kernels/hopper/forward.py, simulated in random order; one program.
+"""A model of the barrier protocol of kernels/hopper/forward.py, simulated in random order.
+
+It is kept by hand: a change of the kernel's waits and arrivals is to be made here too.
 
 Producer, warpgroups and copy engine are generators that are stepped in random order; every step
 of a warpgroup is split where the hardware could be overtaken. Found are: deadlock, a slot that is

@@ -52,7 +52,7 @@ class EntropyNet(nn.Module):
     def from_file(cls, path: Path | str) -> EntropyNet:
         """The network with weights from a safetensors file, as `save` writes it, for inference."""
         with torch.random.fork_rng(devices=[]):  # what it starts with is random, and replaced
-            net = cls()
+            net = cls().to("cpu", torch.float32)  # whatever the caller's defaults are
         net.load_state_dict(_safetensors().load_file(path))
         return net.eval().requires_grad_(False)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ _LARGEST_SAMPLE, _LEAST_SAMPLE, _SHARE = 4096, 256, 8
 _IN_CELL = 256
 # Of the curve's 16 levels, the one whose squares are sorted, at most.
 _LEVEL = 8
+_CHANGES_THREADS = Lock()
 
 # From points (m, 2), their pieces (m,) and the number of pieces to the axes and offsets of lines.
 Cutter = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -106,13 +108,17 @@ def cut_tree(cut: Cutter, sample: np.ndarray) -> CutTree:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread: waiting for a second one takes longer than these small products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    """Torch on one thread: waiting for a second one takes longer than these small products.
+
+    The number is the process's, so one caller at a time changes it and gives it back.
+    """
+    with _CHANGES_THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def square_places(tree: CutTree, level: int) -> np.ndarray:

@@ -266,7 +266,7 @@ def _store(
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     mass = gl.convert_layout(gl.sum(mass, 1), layout)  # (64,)
     maximum = gl.convert_layout(maximum, layout)
-    is_alive = (mass > 0.0) & (last > 0)
+    is_alive = (mass != 0.0) & (last > 0)  # what is NaN stays NaN
     safe_mass = gl.where(is_alive, mass, 1.0)
     acc = gl.where(is_alive[:, None], acc * (1.0 / safe_mass)[:, None], 0.0)  # (64, D)
     tma.store_wait(0)  # the item before has left shared memory

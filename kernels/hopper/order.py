@@ -19,6 +19,8 @@ from torch import Tensor
 from entropy_attn.kernels.launch import LENGTHS, device_of, list_strides
 from entropy_attn.kernels.primitives import head_base
 
+# That are compared with each other, unless one head has more.
+MOST_ITEMS = 16384
 # Columns of a row of the table.
 ITEM_FIELDS = tl.constexpr(4)
 
@@ -120,8 +122,9 @@ def _order_kernel(
 
 
 def heads_together(
-    total_heads: int, group: int, kv_len: int, head_dim: int, itemsize: int, l2_bytes: int
-) -> int:
+    total_heads: int, group: int, tiles: int, kv_len: int, head_dim: int, itemsize: int,
+    l2_bytes: int,
+) -> int:  # fmt: skip
     """How many consecutive query heads to open at once: their keys and values fill a part of L2.
 
     A quarter: L2 is in two halves that each keep what their multiprocessors read, and queries,
@@ -129,9 +132,10 @@ def heads_together(
 
     Args:
         group: query heads that share a head of keys.
+        tiles: work items a head; each is compared with all others that are open.
     """
     kv_bytes = 2 * kv_len * head_dim * itemsize
-    most = max(1, l2_bytes // 4 // kv_bytes) * group
+    most = min(max(1, l2_bytes // 4 // kv_bytes) * group, max(1, MOST_ITEMS // tiles))
     groups = -(-total_heads // most)
     return -(-total_heads // groups)
 
@@ -163,7 +167,7 @@ def work_order(
     tiles = triton.cdiv(q_len, block_m)
     items = torch.empty((batch * heads * tiles + 1, 4), dtype=torch.int32, device=query.device)
     together = heads_together(
-        batch * heads, heads // kv_heads, kv_len, head_dim, key.element_size(), l2_bytes
+        batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
     tiles_a_program = 32
     with device_of(query):
