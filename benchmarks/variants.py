@@ -1,0 +1,163 @@
+"""Configurations of a forward kernel beside its default, for those who tune it.
+
+    python -m entropy_attn.benchmarks.variants hopper --head-dim 64 --density 0.1
+    python -m entropy_attn.benchmarks.variants portable --block 64
+
+Every configuration is checked against the reference, then all are timed in turns. Nothing is
+stored: a default that should be another one is changed in the kernel's file and measured by the
+suite ``attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
+from entropy_attn.benchmarks.check import expected
+from entropy_attn.benchmarks.timing import measure
+from entropy_attn.kernels.launch import architecture, has_copy_engine
+
+Forward = Callable[[Inputs, Any], Tensor]
+DEFAULT = "default"
+
+
+def hopper(inputs: Inputs, config: Any) -> Tensor:
+    from entropy_attn.kernels.hopper.forward import hopper_forward
+
+    case, mask = inputs.case, inputs.mask
+    return hopper_forward(
+        inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices,
+        mask.block_size, case.is_causal, case.head_dim**-0.5, config,
+    )[0]  # fmt: skip
+
+
+def hopper_variants(inputs: Inputs) -> dict[str, Any]:
+    """The default and what differs from it by the switches of `HopperConfig`."""
+    from entropy_attn.kernels.hopper.forward import hopper_config
+
+    default = hopper_config(inputs.case.head_dim, inputs.mask.block_size)
+    changes: dict[str, dict[str, Any]] = {}
+    if default.warpgroups == 2:
+        for ping_pong in (False, True):
+            for registers in (False, True):
+                for pin in (False, True):
+                    words = ["ping-pong"] * ping_pong + ["query in registers"] * registers
+                    changes[", ".join([*words, *["pin"] * pin]) or "plain"] = {
+                        "ping_pong": ping_pong, "query_registers": registers, "pin": pin,
+                    }  # fmt: skip
+    else:
+        changes["two blocks a step"] = {"block_n": 128, "stages": 2}
+        changes["three programs"] = {"programs": 3, "stages": 2}
+    return _others(default, changes)
+
+
+def portable(inputs: Inputs, config: Any) -> Tensor:
+    from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
+
+    case, mask = inputs.case, inputs.mask
+    return block_sparse_forward(
+        inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices, None, None,
+        mask.block_size, case.is_causal, 0, case.head_dim**-0.5, False, False, config,
+    )[0]  # fmt: skip
+
+
+def portable_variants(inputs: Inputs) -> dict[str, Any]:
+    """The default and its neighbours in tile sizes, warps and stages."""
+    from entropy_attn.kernels.block_sparse_forward import forward_config
+
+    arch, block = architecture(inputs.device), inputs.mask.block_size
+    default = forward_config(
+        arch, inputs.case.head_dim, inputs.query.element_size(), block, inputs.case.is_causal,
+        copy_engine=has_copy_engine(arch, inputs.key, inputs.value),
+    )  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {
+        f"{name} {value}": {name: value}
+        for name, values in {
+            "block_m": (64, 128),
+            "block_n": (32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4),
+        }.items()
+        for value in values
+        if name not in ("block_m", "block_n") or value <= block[name == "block_n"]
+    }
+    return _others(default, changes)
+
+
+def _others(default: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The default, and each change of it that is one."""
+    found = {DEFAULT: default}
+    for name, change in changes.items():
+        config = replace(default, **change)
+        if config not in found.values():
+            found[name] = config
+    return found
+
+
+KERNELS: dict[str, tuple[Forward, Callable[[Inputs], dict[str, Any]]]] = {
+    "hopper": (hopper, hopper_variants),
+    "portable": (portable, portable_variants),
+}
+
+
+def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: float) -> Table:
+    """A table of all configurations of a kernel on a case, the fastest first."""
+    forward, variants = KERNELS[kernel]
+    inputs = make_inputs(case, device, 0)
+    reference = expected(inputs, sparse=True)
+    calls: dict[str, list[Callable[[], object]]] = {}
+    table = Table(title=f"{kernel}, {case}", title_justify="left")
+    for column in ("configuration", "ms", "TFLOP/s", "what differs, or what is wrong"):
+        table.add_column(column, overflow="fold")
+    configs = variants(inputs)
+    failed: list[tuple[str, str]] = []
+    for name, config in configs.items():
+        try:
+            wrong = reference.verdict((forward(inputs, config),))
+        except Exception as error:  # one that does not compile or fit is a finding
+            wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        if wrong is None:
+            calls[name] = [lambda config=config: forward(inputs, config)]
+        else:
+            failed.append((name, wrong))
+    timings = measure(calls, seconds=seconds, device=device) if calls else {}
+    flops = inputs.flops(sparse=True)
+    for name, timing in sorted(timings.items(), key=lambda item: item[1].median_ms):
+        speed = f"{flops / timing.median_ms / 1e9:.0f}"
+        table.add_row(name, f"{timing.median_ms:.3f}", speed, str(configs[name]))
+    for name, reason in failed:
+        table.add_row(name, "–", "–", reason)
+    return table
+
+
+def main(
+    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join(KERNELS)}.")],
+    head_dim: int = 128,
+    block: int = 128,
+    density: float = 0.25,
+    length: int = 16384,
+    causal: bool = False,
+    irregular: bool = False,
+    seconds: float = 2.0,
+) -> None:
+    """Time the configurations of a kernel on one case, B=2 and H=16, bf16."""
+    if kernel not in KERNELS:
+        raise typer.BadParameter(f"{kernel!r} is not one of {', '.join(KERNELS)}")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("configurations are timed on a GPU, and there is none")
+    case = AttentionCase(
+        head_dim, length, density, block, is_causal=causal, irregular=irregular
+    )  # fmt: skip
+    Console().print(compare(kernel, case, torch.device("cuda"), seconds))
+
+
+if __name__ == "__main__":
+    typer.run(main)
