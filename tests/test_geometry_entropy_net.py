@@ -298,3 +298,31 @@ def test_the_command_that_makes_the_weights(tmp_path) -> None:
     assert "gain" in done.stdout
     order = EntropyNet.from_file(out).order(unit(0, 500))
     assert np.array_equal(np.sort(order), np.arange(500))
+
+
+def test_the_number_of_threads_comes_back_whoever_leaves_first(monkeypatch):
+    monkeypatch.setattr(learned, "_THREADS", learned._Threads())  # of nobody yet
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = learned.one_thread(), learned.one_thread()
+        with first:
+            assert torch.get_num_threads() == 1
+        first = learned.one_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_are_fp32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = ea.geometry.EntropyNet.pretrained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 
@@ -33,7 +33,6 @@ _LARGEST_SAMPLE, _LEAST_SAMPLE, _SHARE = 4096, 256, 8
 _IN_CELL = 256
 # Of the curve's 16 levels, the one whose squares are sorted, at most.
 _LEVEL = 8
-_CHANGES_THREADS = Lock()
 
 # From points (m, 2), their pieces (m,) and the number of pieces to the axes and offsets of lines.
 Cutter = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -106,19 +105,37 @@ def cut_tree(cut: Cutter, sample: np.ndarray) -> CutTree:
     return CutTree(axes, offsets, _path(middles, depth))
 
 
+@dataclass
+class _Threads:
+    """Who is in `one_thread`, and how many threads there were before."""
+
+    lock: Lock = field(default_factory=Lock)
+    callers: int = 0
+    before: int = 1
+
+
+_THREADS = _Threads()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Torch on one thread: waiting for a second one takes longer than these small products.
 
-    The number is the process's, so one caller at a time changes it and gives it back.
+    The number is the process's: of callers side by side or one inside the other the first notes it
+    and the last gives it back.
     """
-    with _CHANGES_THREADS:
-        before = torch.get_num_threads()
+    with _THREADS.lock:
+        if _THREADS.callers == 0:
+            _THREADS.before = torch.get_num_threads()
+        _THREADS.callers += 1
         torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        with _THREADS.lock:
+            _THREADS.callers -= 1
+            if _THREADS.callers == 0:
+                torch.set_num_threads(_THREADS.before)
 
 
 def square_places(tree: CutTree, level: int) -> np.ndarray:
