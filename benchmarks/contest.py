@@ -90,7 +90,7 @@ def prepare(
         calls = [contestant.call(each) for each in inputs]
         actual = calls[0]()
     except Exception as error:  # a rival that breaks is a finding, not the end of the suite
-        return {"status": "failed", "reason": _first_line(error)}
+        return {"status": "failed", "reason": first_line(error)}
     wrong = reference.verdict(actual if isinstance(actual, tuple) else (actual,))
     return calls if wrong is None else {"status": "wrong", "reason": wrong}
 
@@ -99,6 +99,7 @@ def _mean_flops(inputs: list[Inputs], *, sparse: bool) -> float:
     return sum(each.flops(sparse=sparse) for each in inputs) / len(inputs)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a record says of an error: its type and the first line of its text."""
     text = str(error).strip() or repr(error)
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
 from entropy_attn.benchmarks.check import expected
+from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.kernels.launch import architecture, has_copy_engine
 
@@ -123,7 +124,7 @@ def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: flo
         try:
             wrong = reference.verdict((forward(inputs, config),))
         except Exception as error:  # one that does not compile or fit is a finding
-            wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            wrong = first_line(error)
         if wrong is None:
             calls[name] = [lambda config=config: forward(inputs, config)]
         else:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import entropy_attn as ea
+from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.model import shared_copy
+from entropy_attn.benchmarks.registry import Row
 from entropy_attn.benchmarks.timing import measure, peak_bytes
 from entropy_attn.integrations.statistics import SPARSE
 from entropy_attn.testing import assert_close_to_reference
@@ -151,9 +153,7 @@ def contest(
             forward()
             peak = peak_bytes(forward, device)
         except Exception as error:  # a rival that breaks is a finding, not the end of the suite
-            text = str(error).strip() or repr(error)
-            reason = f"{type(error).__name__}: {text.splitlines()[0][:300]}"
-            results[attention.name] = {"status": "failed", "reason": reason}
+            results[attention.name] = {"status": "failed", "reason": first_line(error)}
             continue
         calls[attention.name], prepared[attention.name] = forward, ready
         results[attention.name] = {"status": "ok", "peak_bytes": peak or None}
@@ -170,6 +170,26 @@ def contest(
                 result["over_flash"] = flash / timings[attention.name].median_ms
             result |= _what_ran(prepared[attention.name])
         yield attention, result
+
+
+def row(
+    name: str, attention: Attention, result: dict[str, Any], config: Mapping[str, Any],
+    sparsity: float, count: int, unit: str,
+) -> Row:  # fmt: skip
+    """A contestant's record of a case, with how many of ``unit`` it does in a second.
+
+    Args:
+        name: of the case, for the terminal.
+        config: of the case; the contestant is added.
+        sparsity: of ours.
+        count: images or tokens of a call.
+    """
+    own = {"contestant": attention.name, "sparsity": sparsity if attention.is_ours else 0.0}
+    text = f"{name} | {attention.name}: {result.get('reason', '')}"
+    if "median_ms" in result:
+        rate = result[f"{unit}_per_s"] = count / result["median_ms"] * 1e3
+        text += f"{rate:.0f} {unit}/s"
+    return Row({**config, "dtype": "bfloat16", **own}, result, text, attention.is_ours)
 
 
 def _forward(prepared: Prepared, inputs: Mapping[str, Any], output: str) -> Forward:

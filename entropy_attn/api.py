@@ -75,6 +75,13 @@ class _Arguments:
         return backend_table.choose(call, backend)
 
 
+def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale of the same scores; the kernels fold the scale into a running maximum."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
+
+
 def _validated(
     query: Tensor,
     key: Tensor,
@@ -100,9 +107,7 @@ def _validated(
                 "leave block_size out"
             )
         block_size = block_mask.block_size
-    # The kernels fold the scale into the running maximum, which needs a positive one.
-    if scale <= 0:
-        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    query, scale = with_positive_scale(query, scale)
     return _Arguments(
         query=query,
         key=key,

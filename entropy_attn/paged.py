@@ -8,11 +8,9 @@ from torch import Tensor
 from entropy_attn import backend as backend_table
 from entropy_attn import ops
 from entropy_attn import validation as check
+from entropy_attn.api import DEFAULT_BLOCK_SIZE, with_positive_scale
 from entropy_attn.autocast import follow_autocast
 from entropy_attn.masks import BlockMask
-
-# What a call walks in without a mask.
-DEFAULT_BLOCK_SIZE = 64
 
 
 def paged_attention(
@@ -70,8 +68,7 @@ def paged_attention(
         block_size = block_mask.block_size
         if not block_mask.is_full:
             lists = (block_mask.kv_num_blocks, block_mask.kv_indices)
-    if scale <= 0:  # the kernels fold the scale into the running maximum
-        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    query, scale = with_positive_scale(query, scale)
     call = backend_table.Call(
         device=query.device.type, dtype=query.dtype, head_dim=query.shape[3],
         q_len=query.shape[2], kv_len=kv_len, keeps_all=lists[0] is None, is_causal=is_causal,

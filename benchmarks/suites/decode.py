@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import entropy_attn as ea
 from entropy_attn.benchmarks.baselines import our_backend
+from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure
@@ -177,8 +178,7 @@ def _run_case(context: Context, case: Case, seconds: float) -> Iterator[Row]:
         try:
             reason = inputs.wrong(call())
         except Exception as error:  # a rival that breaks is a finding, not the end of the suite
-            text = str(error).strip() or repr(error)
-            results[name] = {"status": "failed", "reason": text.splitlines()[0][:300]}
+            results[name] = {"status": "failed", "reason": first_line(error)}
             continue
         if reason is not None:
             results[name] = {"status": "wrong", "reason": reason}

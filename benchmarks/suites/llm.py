@@ -24,6 +24,7 @@ from entropy_attn.benchmarks.whole_models import (
     Attention,
     contest,
     ours,
+    row,
 )
 
 SPARSITY = 0.75
@@ -76,16 +77,9 @@ def run(context: Context) -> Iterator[Row]:
             {"input_ids": ids[:, :CHECKED_TOKENS]}, "logits", options=shared, seconds=seconds,
             progress=lambda text, name=name: context.progress(f"{name}: {text}"),
         )  # fmt: skip
+        config = {"form": context.form, **asdict(case), "phase": "prefill"}
         for attention, result in found:
-            config = {
-                "form": context.form, **asdict(case), "phase": "prefill", "dtype": "bfloat16",
-                "contestant": attention.name, "sparsity": SPARSITY if attention.is_ours else 0.0,
-            }  # fmt: skip
-            text = f"{name} | {attention.name}: {result.get('reason', '')}"
-            if "median_ms" in result:
-                result["tokens_per_s"] = case.tokens / result["median_ms"] * 1e3
-                text += f"{result['tokens_per_s']:.0f} tokens/s"
-            yield Row(config, result, text, attention.is_ours)
+            yield row(name, attention, result, config, SPARSITY, case.tokens, "tokens")
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from entropy_attn.benchmarks.whole_models import (
     Attention,
     contest,
     ours,
+    row,
 )
 
 SPARSITY = 0.8
@@ -73,16 +74,9 @@ def run(context: Context) -> Iterator[Row]:
             "logits", seconds=seconds,
             progress=lambda text, name=name: context.progress(f"{name}: {text}"),
         )  # fmt: skip
+        config = {"form": context.form, **asdict(case), "tokens": case.tokens}
         for attention, result in found:
-            config = {
-                "form": context.form, **asdict(case), "tokens": case.tokens, "dtype": "bfloat16",
-                "contestant": attention.name, "sparsity": SPARSITY if attention.is_ours else 0.0,
-            }  # fmt: skip
-            text = f"{name} | {attention.name}: {result.get('reason', '')}"
-            if "median_ms" in result:
-                result["images_per_s"] = case.batch / result["median_ms"] * 1e3
-                text += f"{result['images_per_s']:.0f} images/s"
-            yield Row(config, result, text, attention.is_ours)
+            yield row(name, attention, result, config, SPARSITY, case.batch, "images")
 
 
 def _model(case: Case, device: torch.device) -> Any:
