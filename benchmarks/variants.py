@@ -56,6 +56,10 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
                     }  # fmt: skip
     else:
         changes["two blocks a step"] = {"block_n": 128, "stages": 2}
+        changes["two blocks a step, pin"] = {"block_n": 128, "stages": 2, "pin": True}
+        changes["pin"] = {"pin": True}
+        changes["query in registers"] = {"query_registers": True}
+        changes["query in registers, pin"] = {"query_registers": True, "pin": True}
         changes["three programs"] = {"programs": 3, "stages": 2}
     return _others(default, changes)
 

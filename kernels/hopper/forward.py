@@ -440,8 +440,8 @@ def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
     if block_size[0] < 128:
         return HopperConfig(64, 1, 2 if is_wide else 4, programs=2, ping_pong=False)
     if is_wide:
-        return HopperConfig(128, 2, 2)
-    return HopperConfig(128, 2, 4, ping_pong=False, query_registers=True, pin=True)
+        return HopperConfig(128, 2, 2, pin=True)
+    return HopperConfig(128, 2, 4, ping_pong=False, pin=True)
 
 
 @cache
