@@ -45,6 +45,7 @@ _EXPORTS = {
     "backends": "backend",
     "BackendUnavailable": "errors",
     "SparsityConfig": "config",
+    "SparseDecoding": "decoding.settings",
     "apply": "integrations",
     "observe": "integrations",
     "EntropyRegularizer": "regularizer",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from entropy_attn.decoding.settings import SparseDecoding
 from entropy_attn.reorder import Reorder
 from entropy_attn.selection import (
     DEFAULT_BUDGET,
@@ -28,6 +29,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
     "scorer": SCORERS,
     "budget": BUDGETS,
     "reorder": {"Reorder": Reorder},
+    "decode": {"SparseDecoding": SparseDecoding},
 }
 BACKENDS = ("auto", "triton", "reference")
 EXPLICIT_MASK = ("raise", "dense")
@@ -57,7 +59,8 @@ class SparsityConfig:
             keep, in (0, 1]; blocks that are always kept come on top. min_length="auto" counts on
             it: the real density is known only on the device. TopK states its share. The defaults
             keep 0.24 of SmolLM2's blocks at 8192 tokens, with those always kept.
-        min_queries: calls with fewer queries run dense; this covers decoding token by token.
+        min_queries: calls with fewer queries run dense; this covers decoding token by token,
+            unless ``decode`` is set.
         dense_layers: layers that always run dense, as indices or name patterns.
         layers: other values for single layers: {layer: {field: value}}; later entries win.
         explicit_mask: what to do with a mask that the user passes to the attention as a whole
@@ -66,6 +69,8 @@ class SparsityConfig:
         reorder: sort the tokens of each head by their content before blocks are chosen, and put
             the output back in order; None for not at all. For layers that are not causal: others
             raise. What sorting costs is not part of what min_length="auto" was measured with.
+        decode: how causal calls of up to 16 queries to a longer cache choose blocks, as in
+            ``generate`` of transformers; None runs them by the rules of all calls, which is dense.
     """
 
     block_size: int | tuple[int, int] = 64
@@ -81,6 +86,7 @@ class SparsityConfig:
     explicit_mask: str = "raise"
     backend: str = "auto"
     reorder: Reorder | None = None
+    decode: SparseDecoding | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen; this only normalises types
@@ -103,6 +109,11 @@ class SparsityConfig:
         if not isinstance(self.reorder, (Reorder, type(None))):
             raise TypeError(
                 f"reorder must be an entropy_attn.Reorder or None, got {self.reorder!r}"
+            )
+        if not isinstance(self.decode, (SparseDecoding, type(None))):
+            raise TypeError(
+                "decode must be an entropy_attn.SparseDecoding or None, for example "
+                f"SparseDecoding(keep=0.25), got {self.decode!r}"
             )
         if self.min_length != "auto":
             check_integer("min_length", self.min_length, 0, besides="'auto'")

@@ -21,6 +21,7 @@ HEAD_DIMS = (16, 256)
 MAX_HALFSPACES = 12
 MAX_CELLS = 1024
 MOST_PAGED_QUERIES = 16
+MOST_DECODING_BLOCKS = 16384
 ENTROPY_KINDS = ("row", "block", "tile")
 
 
@@ -135,6 +136,15 @@ def check_pages(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_tab
         )
     if block_table.device != query.device:
         raise ValueError(f"block_table is on {block_table.device} but query is on {query.device}")
+
+
+def check_decoding_blocks(blocks: int, kv_len: int, block_size: int) -> None:
+    """That one program can choose among so many blocks of a cache."""
+    if blocks > MOST_DECODING_BLOCKS:
+        raise ValueError(
+            f"block_size={block_size} makes {blocks} blocks of a cache of {kv_len} keys; at most "
+            f"{MOST_DECODING_BLOCKS} can be chosen from. Take a larger block_size"
+        )
 
 
 def check_no_gradient(**tensors: Tensor) -> None:

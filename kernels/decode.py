@@ -38,6 +38,7 @@ from entropy_attn.kernels.primitives import (
     online_softmax,
     tile_blocks,
     tile_offsets,
+    valid_keys,
     valid_length,
     visible_scores,
 )
@@ -50,7 +51,7 @@ LEAST_KEYS = 256
 MOST_SPLITS = 128
 # Rows of a tile; more would spill.
 MOST_ROWS = 64
-COUNTS = ("pack", "sharing", "splits")
+COUNTS = ("pack", "sharing", "splits", "stride_valid")
 
 
 @triton.jit
@@ -85,15 +86,15 @@ def _row_places(
 @triton.jit(do_not_specialize=(*LENGTHS, *COUNTS))
 def _split_kernel(
     query_ptr, key_ptr, value_ptr, partial_ptr, partial_lse_ptr,
-    counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr, table_ptr,
-    query_strides, key_strides, value_strides, stride_table,
+    counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr, table_ptr, valid_ptr,
+    query_strides, key_strides, value_strides, stride_table, stride_valid,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, group, pack, sharing, splits, q_len, kv_len, window, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``pack`` query heads that share a key head and a list, and a part of the listed blocks.
 
@@ -148,6 +149,9 @@ def _split_kernel(
         key = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
         scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
+        if HAS_VALID:
+            valid = valid_keys(valid_ptr, batch, stride_valid, keys, kv_end)
+            scores = tl.where(valid[None, :], scores, float("-inf"))
         exponents, maximum, shift = online_softmax(scores, scale_log2, maximum)
         p = tl.exp2(exponents)  # (M, N)
         alpha = tl.exp2(shift)  # (M,)
@@ -246,6 +250,7 @@ def split_forward(
     window: int,
     scale: float,
     block_table: Tensor | None = None,
+    valid: Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch both kernels; shapes as in `entropy_attn.block_sparse_attention`, few queries.
@@ -255,6 +260,7 @@ def split_forward(
         kv_num_blocks, kv_indices: of 1, Hkv or Hq heads. Query heads that share a list read their
             keys once.
         block_table: (B, pages of a sequence) int32, where each page lies.
+        valid: (B, Nk) int8, odd where a key may be attended to; None where all may.
 
     Returns:
         out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32.
@@ -286,9 +292,11 @@ def split_forward(
     block_d = padded_head_dim(head_dim)
     with device_of(query):
         _split_kernel[(batch * heads // pack, splits)](
-            query, key, value, partial, partial_lse, counts, indices, kv_lens, q_lens, block_table,
+            query, key, value, partial, partial_lse, counts, indices, kv_lens, q_lens,
+            block_table, valid,
             query.stride(), key.stride(), value.stride(),
             0 if block_table is None else block_table.shape[1],
+            0 if valid is None else valid.stride(0),
             *list_strides(counts, indices),
             heads, group, pack, sharing, splits, q_len, kv_len, window, exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
@@ -296,7 +304,7 @@ def split_forward(
             PAGE=page, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
             MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
             HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            PRECISION=dot_precision(query.dtype),
+            HAS_VALID=valid is not None, PRECISION=dot_precision(query.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         _combine_kernel[(batch * heads * q_len,)](

@@ -240,6 +240,43 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class KeyBoxes:
+    """A choice of blocks of a cache by the boxes around its keys, and attention to them."""
+
+    head_dim: int
+    block: int
+    dtype: torch.dtype = torch.bfloat16
+    queries: int = 1
+    group: int = 4
+    padded: bool = True
+    length: int = 8192
+
+    def __str__(self) -> str:
+        words = [f"D={self.head_dim}", f"boxes of {self.block}", str(self.dtype).split(".")[1]]
+        words += [f"{self.queries} queries of {self.group} heads, N={self.length}"]
+        return ", ".join(words + ["padded"] * self.padded)
+
+    def run(self) -> None:
+        from entropy_attn.decoding import ops
+
+        query = torch.zeros(2, 2 * self.group, self.queries, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(2, 2, self.length, self.head_dim, dtype=self.dtype)
+        blocks = self.length // self.block
+        boxes = torch.zeros(2, 2, blocks, 2, self.head_dim, dtype=self.dtype)
+        fresh, totals = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        valid = torch.ones(2, self.length, dtype=torch.int8) if self.padded else None
+        lens = torch.full((2,), self.length, dtype=torch.int32) if self.padded else None
+        counts, indices = ops.choose_blocks(
+            query, key, boxes, fresh, totals, valid, lens, 0, self.block, 1, 2, 0.25, 1,
+            blocks // 4, 0.1, "triton",
+        )  # fmt: skip
+        if self.padded:
+            ops.decode_forward(
+                query, key, key, counts, indices, valid, lens, self.block, 0.1, "triton"
+            )
+
+
+@dataclass(frozen=True)
 class Hopper:
     """A forward of the kernel for sm_90, as calls that are large enough run."""
 
@@ -408,6 +445,10 @@ CASES = (
     Decode(256, 16, torch.float16, page=64),
     Decode(256, 64, torch.float32),
     Decode(128, 64, queries=16, group=32),
+    KeyBoxes(128, 32),
+    KeyBoxes(80, 64, torch.float16, queries=16, padded=False, length=512),
+    KeyBoxes(256, 256, torch.float32, group=1, length=1_048_576),
+    KeyBoxes(128, 64, group=1, padded=False, length=1_048_576),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),

@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 
 HARNESS = Path(__file__).with_name("compile_only.py")
 KERNELS = {
-    "anchor_kernel", "cell_gradient_kernel", "combine_kernel", "entropy_kernel", "extreme_kernel",
+    "anchor_kernel", "bound_kernel", "cell_gradient_kernel", "choose_kernel", "combine_kernel",
+    "entropy_kernel", "extreme_kernel",
     "forward_kernel", "furthest_kernel", "halfspace_mass_kernel", "keep_kernel", "key_value_kernel",
     "mass_kernel", "normaliser_kernel", "outside_kernel", "plane_kernel", "point_kernel",
     "pool_kernel", "prepare_kernel", "query_kernel", "score_kernel", "split_kernel",

@@ -33,7 +33,7 @@ MASKS = (
 )  # fmt: skip
 API = (
     "entropy_attn.api", "entropy_attn.paged", "entropy_attn.selection", "entropy_attn.config",
-    "entropy_attn.entropy",
+    "entropy_attn.entropy", "entropy_attn.decoding",
     "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
     "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", "entropy_attn.reorder",
     *MASKS,
@@ -41,7 +41,7 @@ API = (
 # The modules where the API meets the kernels.
 BOUNDARY = (
     "entropy_attn.ops", "entropy_attn.selection.ops", "entropy_attn.partition.ops",
-    "entropy_attn.geometry.ops",
+    "entropy_attn.geometry.ops", "entropy_attn.decoding.ops",
 )  # fmt: skip
 
 # What the modules below a name may import of this package; the longest name that fits counts.
@@ -61,6 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.backend": ("entropy_attn.backend", "entropy_attn.errors"),
     "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *PLAIN),
     "entropy_attn.selection.ops": ("entropy_attn.kernels", *PLAIN),
+    "entropy_attn.decoding.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
     "entropy_attn.geometry": (
         "entropy_attn.geometry",
@@ -83,7 +84,7 @@ MAY_VALIDATE = (
     "entropy_attn.min_length",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
     "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
-    "entropy_attn.reorder", "entropy_attn.geometry",
+    "entropy_attn.reorder", "entropy_attn.geometry", "entropy_attn.decoding",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class AttentionCall:
             valid and the queries are the last Nq keys.
         packing: the sequences that the tokens consist of, None for one a batch row.
         explicit_mask: a mask over (query, key) that the user made, boolean or additive.
+        mask: the tensor that ``codes`` are a view of, one for all layers of a forward pass.
         kv_lens, q_lens: (B,) int32, valid lengths once the valid tokens stand first.
     """
 
@@ -34,6 +35,7 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     codes: Tensor | None = None
+    mask: Tensor | None = None
     packing: Packing | None = None
     explicit_mask: Tensor | None = None
     kv_lens: Tensor | None = None

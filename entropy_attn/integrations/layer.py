@@ -10,11 +10,14 @@ from torch import Tensor
 
 from entropy_attn.api import block_sparse_attention
 from entropy_attn.config import SparsityConfig
+from entropy_attn.integrations.cache import CacheFollower
 from entropy_attn.integrations.call import AttentionCall
+from entropy_attn.integrations.decoding import attend_cached, is_decoding, reason_for_dense
 from entropy_attn.integrations.dense import attend_dense, attend_explicit
 from entropy_attn.integrations.padding import restore, valid_first
 from entropy_attn.integrations.reordering import check_can_reorder, reordered
 from entropy_attn.integrations.statistics import (
+    DECODED,
     SPARSE,
     Recorder,
     count_visible_blocks,
@@ -41,6 +44,10 @@ class SparseLayer:
         name: of the attention module in the model.
         config: the settings of this layer.
         dense: always run dense.
+
+    Attributes:
+        follower: of the caches that it is called with, if it decodes sparsely; an adapter shows it
+            the cache before each call.
     """
 
     def __init__(self, name: str, config: SparsityConfig, dense: bool) -> None:
@@ -49,14 +56,30 @@ class SparseLayer:
         self.min_length = MinLength(config)
         self.dense = dense
         self.recorder = Recorder()
+        decodes = config.decode is not None and not dense
+        self.follower = CacheFollower(config.decode) if decodes else None
 
     def attend(self, call: AttentionCall) -> Tensor:
+        if self.follower is None:
+            return self._attend(call)
+        decodes = is_decoding(call)
+        if decodes:
+            reason = reason_for_dense(call, self.follower)
+            self._record(reason or DECODED, call)
+            if reason is None:
+                totals = self.recorder.decoding_totals(call.key.device)
+                return attend_cached(call, self.follower, totals, self.config.backend)
+        if not torch.compiler.is_compiling():
+            self.follower.passed(call.key, call.q_len)
+        return attend_dense(call, self.config.backend) if decodes else self._attend(call)
+
+    def _attend(self, call: AttentionCall) -> Tensor:
         if call.explicit_mask is not None:
             return self._attend_explicit(call)
         if self.config.reorder is not None and not self.dense:
             check_can_reorder(self.name, call.is_causal, call.window)
         if call.packing is not None:
-            return call.packing.attend(call, self.attend)
+            return call.packing.attend(call, self._attend)
         reason = self._reason_for_dense(call)
         self._record(reason or SPARSE, call)
         if reason is not None:

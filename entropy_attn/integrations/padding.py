@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.reference.dense import visible_pairs
@@ -49,6 +50,30 @@ def query_columns(codes: Tensor, q_len: int) -> Tensor:
 @query_columns.register_fake
 def _(codes, q_len):
     return codes.new_empty(codes.shape[0], q_len, dtype=torch.int64)
+
+
+_ends: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def query_ends(call: AttentionCall) -> Tensor:
+    """(B,) int32: keys up to the last query's own, of a call with codes.
+
+    All layers of a forward pass have one mask, so it is found once.
+    """
+    source = call.mask
+    if source is None:
+        return _query_ends(call.codes)
+    version = None if source.is_inference() else source._version
+    known, ends = _ends.get(source, (None, None))
+    if ends is None or known != version:
+        ends = _query_ends(call.codes)
+        _ends[source] = (version, ends)
+    return ends
+
+
+def _query_ends(codes: Tensor) -> Tensor:
+    column = torch.arange(1, codes.shape[1] + 1, dtype=torch.int32, device=codes.device)
+    return torch.where(codes >= QUERY, column, 0).amax(1)
 
 
 def visible(call: AttentionCall) -> Tensor:

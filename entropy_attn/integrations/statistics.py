@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,19 +14,22 @@ from entropy_attn.integrations.table import render
 from entropy_attn.masks import BlockMask
 from entropy_attn.traced import find, key_of
 
-SPARSE = "sparse"
+SPARSE, DECODED = "sparse", "decoded"
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Attributes:
     name: of the attention module.
-    sparse: calls that ran sparse.
+    sparse: calls that ran sparse, as prefill.
+    decoded: calls of few queries to a cache that ran sparse.
     dense: calls that ran dense, by reason.
     compiled: what torch.compile put into its graphs, by reason, once a trace; the runs of a
         graph are not counted.
     density: blocks visited over blocks with a visible pair, over all sparse calls; None
         without such a call.
+    decode_density: the same over all decoded calls and the heads of keys. What a captured graph
+        ran counts here, though not as calls.
     kv_len: shortest and longest keys of a call, in tokens; None without a call.
     """
 
@@ -35,10 +39,12 @@ class LayerStatistics:
     compiled: dict[str, int]
     density: float | None
     kv_len: tuple[int, int] | None
+    decoded: int = 0
+    decode_density: float | None = None
 
     @property
     def calls(self) -> int:
-        return self.sparse + sum(self.dense.values())
+        return self.sparse + self.decoded + sum(self.dense.values())
 
 
 @dataclass(frozen=True)
@@ -56,27 +62,48 @@ class Statistics:
         return dict(sum((Counter(layer.dense) for layer in self.layers), Counter()))
 
     @property
+    def decoded(self) -> int:
+        return sum(layer.decoded for layer in self.layers)
+
+    @property
     def density(self) -> float | None:
         """Mean over the layers that ran sparse."""
-        known = [layer.density for layer in self.layers if layer.density is not None]
-        return sum(known) / len(known) if known else None
+        return _mean(layer.density for layer in self.layers)
+
+    @property
+    def decode_density(self) -> float | None:
+        """Mean over the layers that decoded sparsely."""
+        return _mean(layer.decode_density for layer in self.layers)
 
     def __str__(self) -> str:
-        columns = ("layer", "sparse", "dense", "density", "keys")
+        columns = ["layer", "sparse", "dense", "density", "keys"]
         rows = [
-            (
+            [
                 layer.name,
                 str(layer.sparse) + _traced(layer.compiled, sparse=True),
                 str(sum(layer.dense.values())) + _traced(layer.compiled, sparse=False),
-                "-" if layer.density is None else f"{layer.density:.3f}",
+                _share(layer.density),
                 "-" if layer.kv_len is None else "{}..{}".format(*layer.kv_len),
-            )
+            ]
             for layer in self.layers
         ]
+        if self.decoded:
+            columns[4:4] = ["decoded", "decode density"]
+            for row, layer in zip(rows, self.layers, strict=True):
+                row[4:4] = [str(layer.decoded), _share(layer.decode_density)]
         notes = [f"dense, {count} calls: {reason}" for reason, count in self.dense.items()]
         if any(layer.compiled for layer in self.layers):
             notes.append("+n: in a graph of torch.compile, whose runs are not counted")
         return render("attention calls", columns, rows, notes)
+
+
+def _mean(shares: Iterable[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.3f}"
 
 
 def _traced(compiled: dict[str, int], sparse: bool) -> str:
@@ -89,6 +116,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.key = key_of(self)
+        self._totals: Tensor | None = None
         self.reset()
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
@@ -100,9 +128,18 @@ class Recorder:
         self.kv_len: tuple[int, int] | None = None
         self._kept: Tensor | None = None
         self._visible: Tensor | float = 0
+        if self._totals is not None:
+            self._totals.zero_()  # a captured graph may go on adding to it
+
+    def decoding_totals(self, device: torch.device) -> Tensor:
+        """(2,) int64, to which decoding adds the blocks that it kept and that were visible."""
+        if self._totals is None or self._totals.device != device:
+            with torch.inference_mode(False):
+                self._totals = torch.zeros(2, dtype=torch.int64, device=device)
+        return self._totals
 
     def call(self, reason: str, kv_len: int) -> None:
-        """One call; ``reason`` is SPARSE or why it runs dense."""
+        """One call; ``reason`` is SPARSE, DECODED or why it runs dense."""
         self.calls[reason] += 1
         low, high = self.kv_len or (kv_len, kv_len)
         self.kv_len = (min(low, kv_len), max(high, kv_len))
@@ -118,13 +155,16 @@ class Recorder:
 
     def read(self, name: str) -> LayerStatistics:
         """Waits for the device."""
-        dense = {reason: n for reason, n in self.calls.items() if reason != SPARSE}
+        ran_sparse = (SPARSE, DECODED)
+        dense = {reason: n for reason, n in self.calls.items() if reason not in ran_sparse}
         density = None
         if self._kept is not None:
             density = float(self._kept) / max(float(self._visible), 1.0)
+        kept, visible = (0, 0) if self._totals is None else self._totals.tolist()
         return LayerStatistics(
-            name, self.calls[SPARSE], dense, dict(self.compiled), density, self.kv_len
-        )
+            name, self.calls[SPARSE], dense, dict(self.compiled), density, self.kv_len,
+            self.calls[DECODED], kept / visible if visible else None,
+        )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result

@@ -28,6 +28,8 @@ from entropy_attn.integrations.padding import codes_from_validity
 NAME = "entropy_attn"
 # Attribute of an attention module that holds its `Layer`.
 ATTRIBUTE = "_entropy_attn_layer"
+# And of the hook that shows the layer the cache.
+HOOK = "_entropy_attn_hook"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 MODELING = "transformers.modeling_utils"
 
@@ -127,7 +129,7 @@ def _mask_arguments(
     if mask.ndim == 2:
         return {"codes": codes_from_validity(mask, query.shape[2])}
     if mask.dtype == torch.int8:
-        return {"codes": mask[:, 0, 0]}
+        return {"codes": mask[:, 0, 0], "mask": mask}
     if mask.dtype == torch.int32:
         return {"packing": _packings.get(mask, lambda: packing_from_segments(mask[:, 0, 0]))}
     return {"explicit_mask": mask}
@@ -163,6 +165,32 @@ def uses_interface(cls: type[nn.Module]) -> bool:
     return False
 
 
+def place(module: nn.Module, layer: Layer) -> None:
+    """Let ``layer`` compute the attention of a module, and see its cache if it follows caches."""
+    module.__dict__[ATTRIBUTE] = layer
+    if getattr(layer, "follower", None) is not None and HOOK not in module.__dict__:
+        hook = module.register_forward_pre_hook(_show_cache, with_kwargs=True)
+        module.__dict__[HOOK] = hook
+
+
+def _show_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Attention functions get the keys alone; the cache that they come from is seen here."""
+    if torch.compiler.is_compiling():
+        return
+    follower = getattr(module.__dict__.get(ATTRIBUTE), "follower", None)
+    if follower is not None:
+        follower.before(_cache_layer(module, (*args, *kwargs.values())))
+
+
+def _cache_layer(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """The part of a cache that a module appends to; None without a cache, or before there is one."""
+    from transformers import Cache
+
+    cache = next((argument for argument in arguments if isinstance(argument, Cache)), None)
+    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", None)
+    return layers[index] if isinstance(index, int) and index < len(layers) else None
+
+
 class TransformersSite:
     """An attention module of transformers."""
 
@@ -178,14 +206,16 @@ class TransformersSite:
                 config._attn_implementation_internal = NAME
                 undo.callback(setattr, config, "_attn_implementation_internal", before)
         attributes = self.module.__dict__
-        before_layer = attributes.get(ATTRIBUTE)
-        attributes[ATTRIBUTE] = layer
+        before_layer, hooked_before = attributes.get(ATTRIBUTE), HOOK in attributes
+        place(self.module, layer)
 
         def take_out() -> None:
             if before_layer is None:
                 del attributes[ATTRIBUTE]
             else:
                 attributes[ATTRIBUTE] = before_layer
+            if HOOK in attributes and not hooked_before:
+                attributes.pop(HOOK).remove()
 
         undo.callback(take_out)
 
@@ -225,5 +255,5 @@ def _layer_without_model(module: nn.Module) -> Layer:
 
     site = TransformersSite(type(module).__name__, module, [])
     (layer,) = make_layers([site], saved_config(module) or SparsityConfig())
-    module.__dict__[ATTRIBUTE] = layer
+    place(module, layer)
     return layer

@@ -21,10 +21,10 @@ from entropy_attn.integrations.handle import make_layers, saved_config
 from entropy_attn.integrations.layer import Layer
 from entropy_attn.integrations.sites import check_reach
 from entropy_attn.integrations.transformers import (
-    ATTRIBUTE,
     NAME,
     attention_function,
     find_sites,
+    place,
     uses_interface,
 )
 from entropy_attn.integrations.transformers_masks import token_codes
@@ -130,7 +130,7 @@ def _settle(model: nn.Module, new: bool = False) -> None:
         layers = tuple(_Misconfigured(site.name, error) for site in sites)
     for site, layer in zip(sites, layers, strict=True):
         if id(site) in chosen and (new or site.installed() is None):
-            site.module.__dict__[ATTRIBUTE] = layer
+            place(site.module, layer)
 
 
 def _runs_here(module: nn.Module) -> bool:
