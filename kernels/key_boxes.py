@@ -11,7 +11,8 @@ a block is the sum, over them, of the softmax of the scaled bounds over all bloc
 Two launches. The first brings the boxes up to date and takes the bounds, a program a few blocks;
 the second takes the softmax and writes the lists, a program a key head. How far the boxes are right
 is known on the device alone: ``fresh``, tokens, which the second launch moves on. So the host
-needs to know no length, and a captured graph of both works at every step.
+needs to know no length, and a captured graph of both works at every step. Boxes hold the keys of
+padding too: what is padding may be another thing at the next call.
 """
 
 from __future__ import annotations
@@ -51,11 +52,10 @@ def _box_pointers(base, blocks, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _refresh_box(
-    base, block, key_base, stride_row, stride_dim, valid_ptr, batch, stride_valid, kv_end,
+    base, block, key_base, stride_row, stride_dim, kv_end,
     BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """Store the box around a block's valid keys; without any, its ends are +inf and -inf."""
+    """Store the box around a block's keys before kv_end, of which there is one."""
     dims = tl.arange(0, BLOCK_D)
     low = tl.full([BLOCK_D], float("inf"), tl.float32)
     high = tl.full([BLOCK_D], float("-inf"), tl.float32)
@@ -64,14 +64,23 @@ def _refresh_box(
         pointers = key_base + keys.to(tl.int64)[:, None] * stride_row
         pointers += dims.to(tl.int64)[None, :] * stride_dim
         key = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True).to(tl.float32)  # (S, D)
-        counted = keys < kv_end
-        if HAS_VALID:
-            counted = counted & valid_keys(valid_ptr, batch, stride_valid, keys, kv_end)
-        low = tl.minimum(low, tl.min(tl.where(counted[:, None], key, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(counted[:, None], key, float("-inf")), 0))
+        counted = (keys < kv_end)[:, None]
+        low = tl.minimum(low, tl.min(tl.where(counted, key, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(counted, key, float("-inf")), 0))
     target = base + block * (2 * HEAD_DIM) + dims
     tl.store(target, low.to(base.dtype.element_ty), mask=dims < HEAD_DIM)
     tl.store(target + HEAD_DIM, high.to(base.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def _holds_valid(valid_ptr, batch, stride_valid, blocks, kv_end, BLOCK_K: tl.constexpr):
+    """(N,) whether a block has a key that may be attended to."""
+    found = blocks * 0
+    for start in tl.static_range(0, BLOCK_K, 16):
+        keys = blocks[:, None] * BLOCK_K + start + tl.arange(0, 16)[None, :]
+        valid = valid_keys(valid_ptr, batch, stride_valid, keys, kv_end)  # (N, 16)
+        found = tl.maximum(found, tl.max(valid.to(tl.int32), 1))
+    return found > 0
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -83,7 +92,7 @@ def _bound_kernel(
     COLS: tl.constexpr, STEP: tl.constexpr, HAS_VALID: tl.constexpr, HAS_KV_LENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Bounds (B, Hkv, rows, blocks) in base 2 of COLS blocks; -inf where a block has no key."""
+    """Bounds (B, Hkv, rows, blocks) in base 2 of COLS blocks; -inf where no key is valid."""
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
@@ -97,8 +106,8 @@ def _bound_kernel(
     end = tl.minimum(first + COLS, tl.cdiv(kv_end, BLOCK_K))
     for block in range(tl.maximum(first, right // BLOCK_K), end):
         _refresh_box(
-            box_base, block, key_base, key_strides[2], key_strides[3], valid_ptr, batch,
-            stride_valid, kv_end, BLOCK_K, HEAD_DIM, BLOCK_D, STEP, HAS_VALID,
+            box_base, block, key_base, key_strides[2], key_strides[3], kv_end,
+            BLOCK_K, HEAD_DIM, BLOCK_D, STEP,
         )  # fmt: skip
     # What one thread of the program wrote, another reads below.
     tl.debug_barrier()
@@ -107,10 +116,9 @@ def _bound_kernel(
     ends = _box_pointers(box_base, column, HEAD_DIM, BLOCK_D)
     low = load_tile(ends, column, end, HEAD_DIM, BLOCK_D, True)  # (N, D)
     high = load_tile(ends + HEAD_DIM, column, end, HEAD_DIM, BLOCK_D, True)
-    hollow = low > high
-    seen = (column < end) & (tl.max(hollow.to(tl.int32), 1) == 0)
-    low = tl.trans(tl.where(hollow, 0.0, low).to(key_ptr.dtype.element_ty))  # (D, N)
-    high = tl.trans(tl.where(hollow, 0.0, high).to(key_ptr.dtype.element_ty))
+    seen = column < end
+    if HAS_VALID:
+        seen = seen & _holds_valid(valid_ptr, batch, stride_valid, column, kv_end, BLOCK_K)
 
     dims = tl.arange(0, BLOCK_D)
     query_base = query_ptr + batch.to(tl.int64) * query_strides[0]
@@ -124,8 +132,8 @@ def _bound_kernel(
         query = load_tile(pointers, lane, rows, HEAD_DIM, BLOCK_D, True)  # (M, D)
         above = tl.where(query > 0.0, query, 0.0).to(query.dtype)
         below = tl.where(query > 0.0, 0.0, query).to(query.dtype)  # NaN stays NaN
-        bounds = tl.dot(above, high, input_precision=PRECISION)  # (M, N)
-        bounds = tl.dot(below, low, bounds, input_precision=PRECISION) * scale_log2
+        bounds = tl.dot(above, tl.trans(high), input_precision=PRECISION)  # (M, N)
+        bounds = tl.dot(below, tl.trans(low), bounds, input_precision=PRECISION) * scale_log2
         bounds = tl.where(seen[None, :], bounds, float("-inf"))
         target = bounds_base + lane.to(tl.int64)[:, None] * blocks + column[None, :]
         tl.store(target, bounds, mask=(lane < rows)[:, None] & (column < blocks)[None, :])

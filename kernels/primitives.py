@@ -78,7 +78,7 @@ def valid_length(lens_pointer, batch, default, HAS_LENS: tl.constexpr):
 
 @triton.jit
 def valid_keys(valid_pointer, batch, stride_batch, keys, kv_end):
-    """(N,) whether each key may be attended to, by (B, Nk) bytes that are odd where it may."""
+    """Whether each of some keys may be attended to, by (B, Nk) bytes that are odd where it may."""
     row = valid_pointer + batch.to(tl.int64) * stride_batch
     return (tl.load(row + keys, mask=keys < kv_end, other=0) & 1) != 0
 

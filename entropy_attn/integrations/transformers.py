@@ -183,7 +183,7 @@ def _show_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _cache_layer(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    """The part of a cache that a module appends to; None without a cache, or before there is one."""
+    """The part of a cache that a module appends to; None if there is none yet."""
     from transformers import Cache
 
     cache = next((argument for argument in arguments if isinstance(argument, Cache)), None)

@@ -14,12 +14,12 @@ from entropy_attn.reference.attention import compute_dtype
 from entropy_attn.reference.dense import dense_attention
 
 
-def key_boxes(key: Tensor, valid: Tensor | None, kv_lens: Tensor | None, block: int) -> Tensor:
-    """(B, Hkv, Mk, 2, D): the ends of the box around each block's valid keys.
+def key_boxes(key: Tensor, kv_lens: Tensor | None, block: int) -> Tensor:
+    """(B, Hkv, Mk, 2, D): the ends of the box around each block's keys, padding included.
 
-    Without a valid key they are +inf and -inf.
+    Past the last key they are +inf and -inf.
     """
-    counted = _counted(key, valid, kv_lens)[:, None, :, None]
+    counted = _counted(key, None, kv_lens)[:, None, :, None]
     padding = [0, 0, 0, -key.shape[2] % block]
     low, high = (
         torch.nn.functional.pad(key.masked_fill(~counted, end), padding, value=end)
@@ -55,12 +55,11 @@ def choose_blocks(
     # Nothing waits for the device, at the price of all boxes being computed.
     right = torch.minimum(fresh.clamp(max=trusted), end - q_len).clamp(min=0)
     stale = (column >= (right // block)[:, None])[:, None, :, None, None]
-    boxes[:, :, :blocks] = torch.where(
-        stale, key_boxes(key, valid, kv_lens, block), boxes[:, :, :blocks]
-    )
+    boxes[:, :, :blocks] = torch.where(stale, key_boxes(key, kv_lens, block), boxes[:, :, :blocks])
     low, high = boxes[:, :, :blocks].to(dtype).unbind(3)
-    past = (column * block >= end[:, None])[:, None]
-    seen = (low <= high).all(-1) & ~past  # (B, Hkv, Mk)
+    counted = _counted(key, valid, kv_lens)
+    counted = torch.nn.functional.pad(counted, (0, -kv_len % block))
+    seen = counted.unflatten(1, (-1, block)).any(2)[:, None].expand(-1, kv_heads, -1)
     low, high = (x.masked_fill(~seen[..., None], 0.0) for x in (low, high))
     rows = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (B, Hkv, M, D)
     bounds = rows.clamp(min=0.0) @ high.transpose(2, 3) + rows.clamp(max=0.0) @ low.transpose(2, 3)
