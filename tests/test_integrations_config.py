@@ -26,6 +26,8 @@ CONFIGS = [
         reorder=ea.Reorder(cells=16, prefix=1), layers={0: {"reorder": None}, 1: {"sink": 3}}
     ),
     ea.SparsityConfig(layers={"encoder.*": {"reorder": ea.Reorder(sample=512)}}),
+    ea.SparsityConfig(decode=ea.SparseDecoding(4096, block_size=16), layers={1: {"decode": None}}),
+    ea.SparsityConfig(layers={0: {"decode": ea.SparseDecoding(1.0, min_length=0)}}),
     ea.SparsityConfig(min_length=0, layers={0: {"min_length": "auto", "expected_density": 0.1}}),
 ]
 
@@ -89,6 +91,11 @@ def test_layers_are_resolved_in_order():
         ({"scorer": "pooled"}, TypeError, "scorer must be one of Pooled, Envelope, Antidiagonal"),
         ({"budget": 0.25}, TypeError, "budget must be one of TopK, TopP, Perplexity"),
         ({"reorder": 16}, TypeError, "reorder must be an entropy_attn.Reorder or None, got 16"),
+        (
+            {"decode": 0.25},
+            TypeError,
+            r"decode must be .* example SparseDecoding\(keep=0.25\), got",
+        ),
         ({"sink": -1}, ValueError, "sink must be an int >= 0, got -1"),
         ({"min_length": 1.5}, ValueError, "min_length must be 'auto' or an int >= 0, got 1.5"),
         ({"min_length": -1}, ValueError, "min_length must be 'auto' or an int >= 0, got -1"),

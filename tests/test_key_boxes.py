@@ -55,7 +55,13 @@ class Case:
                 valid = valid.to(device, torch.int8)
                 lens = torch.full((2,), end, dtype=torch.int32, device=device)
             # Of a prefill the last queries stand for all.
-            yield normal(self.heads, min(step, 16)), key[:, :, :length], value[:, :, :length], valid, lens
+            yield (
+                normal(self.heads, min(step, 16)),
+                key[:, :, :length],
+                value[:, :, :length],
+                valid,
+                lens,
+            )
 
 
 PLAIN = Case((50, 1, 1, 14, 1))
@@ -120,7 +126,7 @@ def choose(case: Case, backend: str, device: str):
         scratch, options["backend"] = KeyBoxes(key, case.settings), "reference"
         again = scratch.choose(query, key, totals.clone(), trusted=0, **options)
         assert again.same_blocks(mask)
-        end = case.room and int(lens[0]) or before
+        end = (case.room and int(lens[0])) or before
         rows = -(-end // case.settings.block_size)
         assert torch.equal(boxes.boxes[:, :, :rows], scratch.boxes[:, :, :rows])
         assert boxes.fresh.tolist() == [end, end]
