@@ -223,6 +223,7 @@ def _models(store: Store) -> Section:
     )
     section.tables += _table(store, "vit", "ViT-B/16")
     section.tables += _table(store, "llm", "Prefill of language models")
+    section.tables += _table(store, "llm_decoding", "Decoding of language models")
     return section
 
 

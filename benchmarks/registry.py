@@ -123,7 +123,7 @@ SUITES: dict[str, Suite] = {
         Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
         Suite("vit", "ViT-B/16 end to end, 224 to 1024 pixels, by attention"),
-        Suite("llm", "prefill of language models of 7B parameters, 4k to 64k tokens, by attention"),
+        Suite("llm", "prefill and decoding of language models of 7B parameters, by attention"),
         Suite("train", "what the regularizer adds to a training step"),
         Suite(
             "finetune",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import entropy_attn as ea
+from entropy_attn.benchmarks.baselines import our_backend
 from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.model import shared_copy
@@ -44,6 +45,7 @@ class Attention:
         kernel: that SDPA may use; None for what it chooses.
         sparsity: of `ea.apply`, None for dense attention.
         compiled: by torch.compile, the whole model.
+        captured: as a CUDA graph, the whole forward pass; the inputs must stay where they are.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Attention:
     kernel: SDPBackend | None = None
     sparsity: ea.SparsityConfig | None = None
     compiled: bool = False
+    captured: bool = False
 
     @property
     def in_graph(self) -> Attention:
@@ -66,6 +69,7 @@ SDPA = Attention("SDPA")
 FLASH_ONLY = Attention(FLASH, kernel=SDPBackend.FLASH_ATTENTION)
 CUDNN = Attention("cuDNN", kernel=SDPBackend.CUDNN_ATTENTION)
 LIMIT = Attention(LEFT_OUT, "left_out")
+ALL_BLOCKS = Attention(f"{OURS}, all blocks", "all_blocks")
 
 
 def ours(sparsity: float, **options: Any) -> Attention:
@@ -74,12 +78,32 @@ def ours(sparsity: float, **options: Any) -> Attention:
     return Attention(OURS, sparsity=ea.SparsityConfig(budget=budget, **options))
 
 
+def ours_decoding(keep: float, **options: Any) -> Attention:
+    """This package in decoding, where steps keep a share of the blocks of a cache."""
+    decode = ea.SparseDecoding(keep, **options)
+    return Attention(OURS, sparsity=ea.SparsityConfig(decode=decode))
+
+
 def _left_out(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """Each query gets the value at its own place."""
-    group = query.shape[1] // value.shape[1]
+    """Each query gets the value at its own place, which is among the last."""
+    group, value = query.shape[1] // value.shape[1], value[:, :, -query.shape[2] :]
     return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous(), None
+
+
+def _all_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """This package's kernel, dense: of few queries the one for decoding."""
+    if attention_mask is not None:
+        raise ValueError("all_blocks takes no attention_mask")
+    full = ea.BlockMask.full(1, 1, query.shape[2], key.shape[2], device=query.device)
+    out = ea.block_sparse_attention(
+        query, key, value, full, is_causal=True, scale=scaling, backend=our_backend(query.device)
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 @dataclass
@@ -109,6 +133,7 @@ def prepare(attention: Attention, model: nn.Module) -> Prepared:
     from transformers import AttentionInterface
 
     AttentionInterface.register("left_out", _left_out)
+    AttentionInterface.register("all_blocks", _all_blocks)
     copied = shared_copy(model)
     copied.set_attn_implementation(attention.implementation)
     handle = None if attention.sparsity is None else ea.apply(copied, attention.sparsity)
@@ -193,7 +218,26 @@ def row(
 
 
 def _forward(prepared: Prepared, inputs: Mapping[str, Any], output: str) -> Forward:
-    return lambda: prepared.call(inputs, output)
+    def call() -> Tensor:
+        return prepared.call(inputs, output)
+
+    return _captured(call) if prepared.attention.captured else call
+
+
+def _captured(call: Forward) -> Forward:
+    """The call as a CUDA graph, so that no launch waits for the host."""
+    for _ in range(2):  # compiles, and leaves what a second call finds
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def _what_ran(prepared: Prepared) -> dict[str, Any]:
@@ -201,14 +245,14 @@ def _what_ran(prepared: Prepared) -> dict[str, Any]:
     if prepared.handle is None:
         return {}
     statistics = prepared.handle.stats()
-    sparse, dense = statistics.sparse, Counter(statistics.dense)
+    sparse, dense = statistics.sparse + statistics.decoded, Counter(statistics.dense)
     for layer in statistics.layers:  # what torch.compile traced, whose runs are not counted
         traced = Counter(layer.compiled)
         sparse += traced.pop(SPARSE, 0)
         dense += traced
     return {
         "sparse_calls": sparse / (sparse + dense.total()),
-        "density": statistics.density,
+        "density": statistics.density if statistics.decoded == 0 else statistics.decode_density,
         "why_dense": next(iter(dense), None),
     }
 
@@ -217,6 +261,13 @@ def cut(model: nn.Module, count: int) -> None:
     """Leave the model its first layers."""
     layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
     del layers[count:]
+
+
+def _in_fp32(x: Any) -> Any:
+    """Of tensors and caches of floating point numbers a copy in fp32, all else itself."""
+    if isinstance(x, Tensor) and not x.is_floating_point():
+        return x
+    return x.float() if hasattr(x, "float") else x
 
 
 class Check:
@@ -233,10 +284,7 @@ class Check:
         self.model, self.few, self.output = shared_copy(model), few, output
         cut(self.model, CHECKED_LAYERS)
         exact = copy.deepcopy(self.model).float()
-        floats = {
-            name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for name, x in few.items()
-        }
+        floats = {name: _in_fp32(x) for name, x in few.items()}
         self.exact = prepare(EAGER, exact).call(floats, output)
         self.plain = prepare(EAGER, self.model).call(few, output)
 
@@ -245,9 +293,14 @@ class Check:
         if attention.name.startswith(LEFT_OUT):
             return None
         if attention.sparsity is not None:
-            whole = ea.SparsityConfig(budget=ea.TopK(1.0), min_length=0, min_queries=1)
+            decode = attention.sparsity.decode
+            if decode is not None:
+                decode = replace(decode, keep=1.0, min_length=0)
+            whole = ea.SparsityConfig(
+                budget=ea.TopK(1.0), min_length=0, min_queries=1, decode=decode
+            )
             attention = replace(attention, sparsity=whole)
-        attention = replace(attention, compiled=False)
+        attention = replace(attention, compiled=False, captured=False)
         actual = prepare(attention, self.model).call(self.few, self.output)
         try:
             assert_close_to_reference(actual, self.plain, self.exact, self.output)

@@ -17,6 +17,8 @@ from entropy_attn.kernels import key_boxes as kernel
 from entropy_attn.reference.dense import dense_attention
 from entropy_attn.testing import assert_close_to_reference
 
+SETTINGS = ea.SparseDecoding(0.3, block_size=16)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,7 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     padded: bool = False
     room: int = 0
-    settings: ea.SparseDecoding = ea.SparseDecoding(0.3, block_size=16)
+    settings: ea.SparseDecoding = SETTINGS
 
     def calls(self, device: str):
         """Query, key, value, valid, kv_lens of each call."""

@@ -121,10 +121,14 @@ def test_flash_only_is_the_yardstick(model, inputs):
 @pytest.mark.parametrize("suite", [vit, llm])
 def test_the_small_form_runs(suite, tmp_path):
     rows = list(suite.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
-    assert [row.result["status"] for row in rows] == ["ok"] * 4
-    (mine,) = [row for row in rows if row.is_ours]
-    assert mine.result["sparse_calls"] == 1.0
-    assert mine.config["sparsity"] > 0
+    cases = len(suite.cases("small"))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4 * cases
+    mine = [row for row in rows if row.is_ours]
+    assert len(mine) == cases
+    for row in mine:
+        assert row.result["sparse_calls"] == 1.0
+        assert row.result["density"] < 1.0
+        assert row.config["sparsity"] > 0
 
 
 @pytest.mark.parametrize("suite", [vit, llm])
@@ -132,6 +136,7 @@ def test_every_case_can_be_made(suite):
     for form in ("full", "quick", "small"):
         assert suite.cases(form)
         assert len({attention.name for attention in suite.attentions(form)}) > 3
+    assert len({attention.name for attention in llm.decoding_attentions("full")}) == 5
     used = {case.model for form in ("full", "quick", "small") for case in llm.cases(form)}
     assert used == set(llm.MODELS)
 
@@ -152,7 +157,7 @@ def store(tmp_path):
         result = {"status": "ok", "median_ms": ms}
         image = {**shared, "size": 1024, "batch": 8}
         store.append(Record("vit", image, {**result, "images_per_s": 8e3 / ms}, MACHINE))
-        text = {**shared, "model": "LLaMA-2-7B", "tokens": 32768}
+        text = {**shared, "model": "LLaMA-2-7B", "tokens": 32768, "phase": "prefill"}
         store.append(Record("llm", text, {**result, "tokens_per_s": 32768e3 / ms}, MACHINE))
     return store
 

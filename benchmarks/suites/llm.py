@@ -1,14 +1,17 @@
-"""Prefill of language models of 7B parameters: tokens a second by attention, up to 64k tokens.
+"""Language models of 7B parameters: tokens a second by attention, in prefill and in decoding.
 
 The shapes of LLaMA-2-7B, Mistral-7B and Phi-2 with random weights, and the real SmolLM2. Whole
-forward passes in bf16, one sequence, without a cache; selection included, whose budget keeps a
-quarter of the blocks of any attention. What that does to quality is measured in ``quality``.
+forward passes in bf16; selection included, whose budget keeps a quarter of the blocks of any
+attention. What that does to quality is measured in ``quality``.
+
+Prefill takes one sequence of up to 64k tokens without a cache. Decoding is one token a sequence
+against a full cache, as a CUDA graph: else a step waits for the host, whatever its attention is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ import torch
 from entropy_attn.benchmarks.model import ModelNotFound, load_model
 from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.whole_models import (
+    ALL_BLOCKS,
+    CHECKED_LAYERS,
     CUDNN,
     EAGER,
     FLASH_ONLY,
@@ -24,62 +29,123 @@ from entropy_attn.benchmarks.whole_models import (
     Attention,
     contest,
     ours,
+    ours_decoding,
     row,
 )
 
 SPARSITY = 0.75
 CHECKED_TOKENS = 256
+PREFILL, DECODE = "prefill", "decode"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the tokens of its prompt; ``depth`` None for the model's own layers."""
+    """A model and the tokens of its prompt; ``depth`` None for the model's own layers.
+
+    Attributes:
+        batch: sequences; 0 for prefill of one.
+    """
 
     model: str
     tokens: int
     depth: int | None = None
+    batch: int = 0
+
+    @property
+    def phase(self) -> str:
+        return DECODE if self.batch else PREFILL
+
+    @property
+    def name(self) -> str:
+        if self.phase == PREFILL:
+            return f"{self.model}, {self.tokens} tokens"
+        return f"{self.model}, decoding {self.batch} x {self.tokens}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As it is recorded."""
+        config = asdict(self) | {"phase": self.phase}
+        if self.phase == PREFILL:
+            del config["batch"]
+        return config
 
 
 def cases(form: str) -> list[Case]:
     if form == "small":
-        return [Case("LLaMA, tiny", 64)]
+        return [Case("LLaMA, tiny", 64), Case("LLaMA, tiny", 80, batch=2)]
     if form == "quick":
-        return [Case("LLaMA-2-7B", 16384, depth=4)]
+        return [Case("LLaMA-2-7B", 16384, 4), Case("LLaMA-2-7B", 16384, 4, batch=8)]
     found = [Case("LLaMA-2-7B", n) for n in (32768, 65536, 16384, 4096)]
-    found += [Case("Mistral-7B", 32768), Case("Mistral-7B", 65536), Case("Phi-2", 32768)]
-    return [*found, Case("SmolLM2-135M", 8192)]
+    # Eight caches of 32k tokens and the weights would not fit one GPU.
+    found += [Case("LLaMA-2-7B", n, batch=b) for n, b in ((16384, 1), (32768, 1), (16384, 8))]
+    found += [Case("Mistral-7B", 32768), Case("Mistral-7B", 65536)]
+    found += [Case("Mistral-7B", n, batch=b) for b in (1, 8) for n in (16384, 32768)]
+    return [*found, Case("Phi-2", 32768), Case("SmolLM2-135M", 8192)]
 
 
 def attentions(form: str) -> tuple[Attention, ...]:
+    """Of prefill."""
     if form == "small":
         return EAGER, SDPA, ours(SPARSITY, min_length=0, block_size=16, min_queries=1), LIMIT
     return SDPA, FLASH_ONLY, CUDNN, ours(SPARSITY), LIMIT
 
 
+def decoding_attentions(form: str) -> tuple[Attention, ...]:
+    if form == "small":
+        return SDPA, ALL_BLOCKS, ours_decoding(1 - SPARSITY, min_length=0, block_size=16), LIMIT
+    found = (SDPA, CUDNN, ALL_BLOCKS, ours_decoding(1 - SPARSITY), LIMIT)
+    return tuple(replace(attention, captured=True) for attention in found)
+
+
 def run(context: Context) -> Iterator[Row]:
-    seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
     made: tuple[str, Any] = ("", None)
     for case in cases(context.form):
-        name = f"{case.model}, {case.tokens} tokens"
         if made[0] != case.model:
             made = ("", None)  # the old one must be gone before there is a new one
             context.progress(f"making {case.model}")
             try:
                 made = (case.model, MODELS[case.model](case, context))
             except ModelNotFound as error:
-                context.progress(f"{name} is left out: {error}")
+                context.progress(f"{case.name} is left out: {error}")
                 continue
-        model = made[1]
-        ids = torch.randint(model.config.vocab_size, (1, case.tokens), device=context.device)
-        shared = {"use_cache": False, "logits_to_keep": 1}
-        found = contest(
-            attentions(context.form), model, {"input_ids": ids},
-            {"input_ids": ids[:, :CHECKED_TOKENS]}, "logits", options=shared, seconds=seconds,
-            progress=lambda text, name=name: context.progress(f"{name}: {text}"),
-        )  # fmt: skip
-        config = {"form": context.form, **asdict(case), "phase": "prefill"}
-        for attention, result in found:
-            yield row(name, attention, result, config, SPARSITY, case.tokens, "tokens")
+        yield from _run_case(context, case, made[1])
+        if context.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _run_case(context: Context, case: Case, model: Any) -> Iterator[Row]:
+    seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
+    inputs, few = _inputs(case, model, context.device)
+    among = attentions if case.phase == PREFILL else decoding_attentions
+    options = {"logits_to_keep": 1} | ({"use_cache": False} if case.phase == PREFILL else {})
+    found = contest(
+        among(context.form), model, inputs, few, "logits", options=options, seconds=seconds,
+        progress=lambda text: context.progress(f"{case.name}: {text}"),
+    )  # fmt: skip
+    config = {"form": context.form, **case.config}
+    count = case.tokens if case.phase == PREFILL else case.batch
+    for attention, result in found:
+        yield row(case.name, attention, result, config, SPARSITY, count, "tokens")
+
+
+def _inputs(case: Case, model: Any, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is timed, and what the contestants are checked on."""
+    vocabulary = model.config.vocab_size
+    if case.phase == PREFILL:
+        ids = torch.randint(vocabulary, (1, case.tokens), device=device)
+        return {"input_ids": ids}, {"input_ids": ids[:, :CHECKED_TOKENS]}
+    from entropy_attn.benchmarks.full_cache import FullCache
+
+    ids = torch.randint(vocabulary, (case.batch, 1), device=device)
+
+    def inputs(layers: int, tokens: int) -> dict[str, Any]:
+        cache = FullCache.random(model.config, layers, case.batch, tokens, device)
+        return {"input_ids": ids, "past_key_values": cache}
+
+    return (
+        inputs(model.config.num_hidden_layers, case.tokens),
+        inputs(CHECKED_LAYERS, min(case.tokens, CHECKED_TOKENS)),
+    )
 
 
 # --- models -------------------------------------------------------------------------------------
