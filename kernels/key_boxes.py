@@ -33,7 +33,7 @@ from entropy_attn.kernels.primitives import NO_SCORE, head_base, load_tile, vali
 
 # Arguments that vary from call to call: a new length must not compile the kernels again.
 VARYING = (
-    *LENGTHS, "blocks", "width", "rows", "trusted", "box_stride_b", "box_stride_h", "stride_valid",
+    *LENGTHS, "blocks", "width", "rows", "box_stride_b", "box_stride_h", "stride_valid",
 )  # fmt: skip
 # Bytes of a tile of boxes' ends, or of keys, in the first launch.
 TILE_BYTES = 8192
@@ -87,7 +87,7 @@ def _holds_valid(valid_ptr, batch, stride_valid, blocks, kv_end, BLOCK_K: tl.con
 def _bound_kernel(
     query_ptr, key_ptr, boxes_ptr, bounds_ptr, fresh_ptr, valid_ptr, kv_lens_ptr,
     query_strides, key_strides, box_stride_b, box_stride_h, stride_valid,
-    kv_heads, group, rows, q_len, kv_len, blocks, trusted, scale_log2,
+    kv_heads, group, rows, q_len, kv_len, blocks, scale_log2,
     BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, STEP: tl.constexpr, HAS_VALID: tl.constexpr, HAS_KV_LENS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,9 +99,8 @@ def _bound_kernel(
     box_base = head_base(boxes_ptr, batch, kv_head, box_stride_b, box_stride_h)
     key_base = head_base(key_ptr, batch, kv_head, key_strides[0], key_strides[1])
 
-    # Boxes are right up to what was seen before, unless that changed, and end before the queries.
-    right = tl.minimum(tl.load(fresh_ptr + batch), trusted)
-    right = tl.maximum(tl.minimum(right, kv_end - q_len), 0)
+    # The keys of the queries are new, whatever stood there before.
+    right = tl.maximum(tl.minimum(tl.load(fresh_ptr + batch), kv_end - q_len), 0)
     first = tl.program_id(1) * COLS
     end = tl.minimum(first + COLS, tl.cdiv(kv_end, BLOCK_K))
     for block in range(tl.maximum(first, right // BLOCK_K), end):
@@ -202,7 +201,6 @@ def choose_blocks(
     totals: Tensor,
     valid: Tensor | None,
     kv_lens: Tensor | None,
-    trusted: int,
     block: int,
     sink: int,
     local: int,
@@ -234,7 +232,7 @@ def choose_blocks(
             query, key, boxes, bounds, fresh, valid, kv_lens,
             query.stride(), key.stride(), *boxes.stride()[:2],
             0 if valid is None else valid.stride(0),
-            kv_heads, group, rows, q_len, kv_len, blocks, trusted, exponent_scale(scale),
+            kv_heads, group, rows, q_len, kv_len, blocks, exponent_scale(scale),
             BLOCK_K=block, HEAD_DIM=head_dim, BLOCK_D=block_d,
             ROWS=max(16, min(MOST_ROWS, triton.next_power_of_2(rows))), COLS=tile,
             STEP=min(tile, block),

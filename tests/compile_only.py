@@ -267,7 +267,7 @@ class KeyBoxes:
         valid = torch.ones(2, self.length, dtype=torch.int8) if self.padded else None
         lens = torch.full((2,), self.length, dtype=torch.int32) if self.padded else None
         counts, indices = ops.choose_blocks(
-            query, key, boxes, fresh, totals, valid, lens, 0, self.block, 1, 2, 0.25, 1,
+            query, key, boxes, fresh, totals, valid, lens, self.block, 1, 2, 0.25, 1,
             blocks // 4, 0.1, "triton",
         )  # fmt: skip
         if self.padded:

@@ -41,15 +41,17 @@ def model():
 def checked(monkeypatch) -> Iterator[list[tuple[int, int]]]:
     """Compare every choice of blocks with one by boxes made from scratch.
 
-    Gives (trusted keys, all keys) of each; each layer's is an entry.
+    Gives (keys whose boxes are trusted, all keys) of each; each layer's is an entry.
     """
     calls, choose = [], KeyBoxes.choose
 
-    def compared(self, query, key, totals, *, trusted, **options):
-        mask = choose(self, query, key, totals, trusted=trusted, **options)
+    def compared(self, query, key, totals, **options):
+        fresh = int(self.fresh[0])
+        mask = choose(self, query, key, totals, **options)
         scratch = KeyBoxes(key, self.settings)
-        other = choose(scratch, query, key, totals.clone(), trusted=0, **options)
+        other = choose(scratch, query, key, totals.clone(), **options)
         end = int(self.fresh[0])
+        trusted = min(fresh, end - query.shape[2])
         blocks = -(-end // self.settings.block_size)
         assert torch.equal(self.boxes[:, :, :blocks], scratch.boxes[:, :, :blocks]), "stale boxes"
         assert mask.same_blocks(other)
@@ -78,9 +80,7 @@ def test_keeping_everything_generates_the_same_tokens(family, padded, cache, che
     assert [layer.decoded for layer in stats.layers] == [19, 19]
     assert stats.decode_density == 1.0
     # One choice brings all boxes up to date, the others those of the new token.
-    assert [trusted for trusted, _ in checked[::2]] == [0] + [
-        180 + n if cache is None else 199 for n in range(1, 19)
-    ]
+    assert [trusted for trusted, _ in checked[::2]] == [0, *range(181, 199)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -410,7 +410,7 @@ def test_decoding_waits_for_nothing_and_replays(forbid_waiting):
                 scratch = KeyBoxes(layer.keys, settings)
                 scratch.choose(
                     layer.keys[:, :, :1].repeat_interleave(2, 1), layer.keys,
-                    torch.zeros(2, dtype=torch.int64, device="cuda"), trusted=0,
+                    torch.zeros(2, dtype=torch.int64, device="cuda"),
                     kv_lens=torch.full((2,), end, dtype=torch.int32, device="cuda"),
                 )  # fmt: skip
                 rows = -(-end // 32)

@@ -118,17 +118,16 @@ def kept_by_the_book(case: Case, query, key, valid, lens) -> Tensor:
 
 def choose(case: Case, backend: str, device: str):
     """Of each call the mask, after the boxes were compared with those made from scratch."""
-    boxes, totals, before = None, torch.zeros(2, dtype=torch.int64, device=device), 0
+    boxes, totals = None, torch.zeros(2, dtype=torch.int64, device=device)
     for query, key, value, valid, lens in case.calls(device):
         if boxes is None:
             boxes = KeyBoxes(key, case.settings)
         options = {"valid": valid, "kv_lens": lens, "backend": backend}
-        mask = boxes.choose(query, key, totals, trusted=case.room or before, **options)
-        before = key.shape[2]
+        mask = boxes.choose(query, key, totals, **options)
         scratch, options["backend"] = KeyBoxes(key, case.settings), "reference"
-        again = scratch.choose(query, key, totals.clone(), trusted=0, **options)
+        again = scratch.choose(query, key, totals.clone(), **options)
         assert again.same_blocks(mask)
-        end = (case.room and int(lens[0])) or before
+        end = key.shape[2] if lens is None else int(lens[0])
         rows = -(-end // case.settings.block_size)
         assert torch.equal(boxes.boxes[:, :, :rows], scratch.boxes[:, :, :rows])
         assert boxes.fresh.tolist() == [end, end]
@@ -185,12 +184,12 @@ def test_gpu_lists_and_attention(padded: bool, dtype: torch.dtype, forbid_waitin
     for query, key, value, valid, lens in case.calls("cuda"):
         options = {"valid": valid, "kv_lens": lens}
         boxes = boxes or KeyBoxes(key, settings)
-        boxes.choose(query, key, totals, trusted=case.room, backend="triton", **options)
+        boxes.choose(query, key, totals, backend="triton", **options)
         with forbid_waiting():
-            mask = boxes.choose(query, key, totals, trusted=case.room, backend="triton", **options)
+            mask = boxes.choose(query, key, totals, backend="triton", **options)
             attend_listed(query, key, value, mask, scale=None, backend="triton", **options)
         scratch = KeyBoxes(key, settings)
-        other = scratch.choose(query, key, totals, trusted=0, backend="reference", **options)
+        other = scratch.choose(query, key, totals, backend="reference", **options)
         blocks = -(-int(lens[0]) // 32)
         assert torch.equal(boxes.boxes[:, :, :blocks], scratch.boxes[:, :, :blocks])
         assert torch.equal(mask.kv_num_blocks, other.kv_num_blocks) or query.shape[2] > 1
@@ -209,7 +208,7 @@ def test_a_query_that_is_not_a_number_keeps_the_first_blocks(device: str):
     for backend in ("triton", "reference"):
         totals = torch.zeros(2, dtype=torch.int64, device=device)
         boxes = KeyBoxes(key, PLAIN.settings)
-        mask = boxes.choose(query, key, totals, trusted=0, backend=backend)
+        mask = boxes.choose(query, key, totals, backend=backend)
         assert mask.kv_indices[0, 0, 0].tolist()[:2] == [0, 1]
 
 
@@ -224,7 +223,7 @@ def test_limits():
     key = torch.zeros(1, 1, 1, 16).expand(-1, -1, 16 * kernel.MOST_BLOCKS + 1, -1)
     boxes = KeyBoxes(key[:, :, :16], ea.SparseDecoding(block_size=16))
     with pytest.raises(ValueError, match=r"block_size=16 makes 16385 blocks.*larger block_size"):
-        boxes.choose(key[:, :, :1], key, torch.zeros(2, dtype=torch.int64), trusted=0)
+        boxes.choose(key[:, :, :1], key, torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -254,12 +253,10 @@ def test_the_ops_are_good_citizens(device: str):
     arguments = (16, 1, 2, 0.3, 1, 3, 0.25, "reference")
     torch.library.opcheck(
         torch.ops.entropy_attn.choose_blocks.default,
-        (query, key, boxes.boxes, boxes.fresh, totals, valid, lens, 0, *arguments),
+        (query, key, boxes.boxes, boxes.fresh, totals, valid, lens, *arguments),
         test_utils=utilities,
     )
-    lists = ops.choose_blocks(
-        query, key, boxes.boxes, boxes.fresh, totals, valid, lens, 0, *arguments
-    )
+    lists = ops.choose_blocks(query, key, boxes.boxes, boxes.fresh, totals, valid, lens, *arguments)
     torch.library.opcheck(
         torch.ops.entropy_attn.decode_forward.default,
         (query, key, value, *lists, valid, lens, 16, 0.25, "reference"),

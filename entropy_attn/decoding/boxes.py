@@ -22,8 +22,7 @@ class KeyBoxes:
     Attributes:
         boxes: (B, Hkv, M, 2, D), the lower and upper ends of M blocks, of which a cache may not
             yet have all.
-        fresh: (B,) int32, tokens up to which they are right, unless the caller of `choose` says
-            less.
+        fresh: (B,) int32, tokens up to which they are right; `choose` moves it on.
     """
 
     def __init__(self, key: Tensor, settings: SparseDecoding) -> None:
@@ -38,13 +37,16 @@ class KeyBoxes:
         mine = (self.boxes.shape[:2], self.boxes.shape[4], self.boxes.dtype, self.boxes.device)
         return mine == (key.shape[:2], key.shape[3], key.dtype, key.device)
 
+    def distrust(self, length: int) -> None:
+        """Only the first ``length`` keys are still what they were when `choose` saw them."""
+        self.fresh.clamp_(max=length)
+
     def choose(
         self,
         query: Tensor,
         key: Tensor,
         totals: Tensor,
         *,
-        trusted: int,
         valid: Tensor | None = None,
         kv_lens: Tensor | None = None,
         scale: float | None = None,
@@ -55,7 +57,6 @@ class KeyBoxes:
         Args:
             query: (B, Hq, Nq, D), the queries of the last Nq keys; key: (B, Hkv, Nk, D).
             totals: (2,) int64, to which the numbers of kept and of visible blocks are added.
-            trusted: tokens at the front of the cache that are what they were at the last call.
             valid, kv_lens: as in `entropy_attn.decoding.ops.choose_blocks`.
             scale, backend: as in `ea.block_sparse_attention`.
 
@@ -71,7 +72,7 @@ class KeyBoxes:
             self.boxes = room
         query, scale = with_positive_scale(query, check.check_scale(scale, query.shape[3]))
         counts, indices = ops.choose_blocks(
-            query.detach(), key.detach(), self.boxes, self.fresh, totals, valid, kv_lens, trusted,
+            query.detach(), key.detach(), self.boxes, self.fresh, totals, valid, kv_lens,
             settings.block_size, settings.sink, settings.local, settings.share, settings.least,
             settings.width(blocks), scale, chosen_backend(query, key, backend),
         )  # fmt: skip

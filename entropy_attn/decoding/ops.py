@@ -20,7 +20,6 @@ def choose_blocks(
     totals: Tensor,
     valid: Tensor | None,
     kv_lens: Tensor | None,
-    trusted: int,
     block: int,
     sink: int,
     local: int,
@@ -39,7 +38,6 @@ def choose_blocks(
         totals: (2,) int64; what is kept and what is visible are added.
         valid: (B, Nk) int8, odd where a key may be attended to; None where all may.
         kv_lens: (B,) int32, keys up to the last query's own; None for Nk.
-        trusted: the same as ``fresh`` from what the host knows: the smaller of the two counts.
         share, least: ceil(share * visible blocks) blocks are asked for, and at least ``least``.
         width: entries a list.
 
@@ -47,8 +45,8 @@ def choose_blocks(
         counts (B, Hkv, 1) and ascending indices (B, Hkv, 1, width), int32.
     """
     arguments = (
-        query, key, boxes, fresh, totals, valid, kv_lens, trusted, block, sink, local, share,
-        least, width, scale,
+        query, key, boxes, fresh, totals, valid, kv_lens, block, sink, local, share, least,
+        width, scale,
     )  # fmt: skip
     if backend == "reference":
         return reference.choose_blocks(*arguments)
@@ -59,8 +57,8 @@ def choose_blocks(
 
 @choose_blocks.register_fake
 def _(
-    query, key, boxes, fresh, totals, valid, kv_lens, trusted, block, sink, local, share, least,
-    width, scale, backend,
+    query, key, boxes, fresh, totals, valid, kv_lens, block, sink, local, share, least, width,
+    scale, backend,
 ):  # fmt: skip
     rows = (*key.shape[:2], 1)
     return fresh.new_empty(rows), fresh.new_empty((*rows, width))

@@ -28,26 +28,21 @@ from entropy_attn.decoding.settings import SparseDecoding
 
 
 class _Seen:
-    """A cache layer's keys as they were after a call, and their boxes.
+    """A cache layer's keys as they were after a call, and their boxes."""
 
-    Attributes:
-        trusted: keys at the front that are what they were when the boxes were last brought up to
-            date.
-    """
+    def __init__(self, keys: Tensor, settings: SparseDecoding) -> None:
+        self.boxes = KeyBoxes(keys, settings)
+        self.note(keys)
 
-    def __init__(self, boxes: KeyBoxes) -> None:
-        self.boxes = boxes
-        self.trusted = 0
-        self._identity: tuple[Any, ...] = ()
-
-    def note(self, keys: Tensor, trusted: int) -> None:
-        self.trusted = trusted
-        self._identity = _identity(keys)
+    def note(self, keys: Tensor) -> None:
+        self._identity, self._length = _identity(keys), keys.shape[2]
 
     def compare(self, keys: Tensor | None) -> None:
-        """Trust no more than what is the same in ``keys``, which the cache holds now."""
+        """Take all to have changed but what is the same in ``keys``, which the cache holds now."""
         same = keys is not None and _identity(keys) == self._identity
-        self.trusted = min(self.trusted, keys.shape[2] if same else 0)
+        length = keys.shape[2] if same else 0
+        if length < self._length:
+            self.boxes.distrust(length)
 
 
 def _identity(keys: Tensor) -> tuple[Any, ...]:
@@ -90,15 +85,14 @@ class CacheFollower:
         keys = _held(self._current())
         return keys is not None and keys.shape == key.shape and _identity(keys) == _identity(key)
 
-    def boxes(self, key: Tensor) -> tuple[KeyBoxes, int]:
-        """The boxes for keys that it `follows`, and how many keys they may be trusted for."""
+    def boxes(self, key: Tensor) -> KeyBoxes:
+        """The boxes for keys that it `follows`, which are about to be brought up to date."""
         owner = self._current()
         seen = self._seen.get(owner)
         if seen is None or not seen.boxes.fits(key):
-            seen = self._seen[owner] = _Seen(KeyBoxes(key, self.settings))
-        trusted = seen.trusted
-        seen.note(key, key.shape[2])  # `choose` brings them up to date
-        return seen.boxes, trusted
+            seen = self._seen[owner] = _Seen(key, self.settings)
+        seen.note(key)
+        return seen.boxes
 
     def passed(self, key: Tensor, q_len: int) -> None:
         """A call appended ``q_len`` keys without bringing boxes up to date."""
@@ -106,8 +100,9 @@ class CacheFollower:
         if seen is None:
             return
         # A cache that does not grow was written to somewhere.
-        grew = self._before + q_len == key.shape[2] and self.follows(key)
-        seen.note(key, min(seen.trusted, self._before) if grew else 0)
+        if self._before + q_len != key.shape[2] or not self.follows(key):
+            seen.boxes.distrust(0)
+        seen.note(key)
 
     def _current(self) -> Any:
         return None if self._owner is None else self._owner()

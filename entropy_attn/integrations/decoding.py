@@ -39,7 +39,7 @@ def attend_cached(
     call: AttentionCall, follower: CacheFollower, totals: Tensor, backend: str
 ) -> Tensor:
     """(B, Hq, Nq, D): a decoding call, sparse; ``totals`` as in `KeyBoxes.choose`."""
-    boxes, trusted = follower.boxes(call.key)
+    boxes = follower.boxes(call.key)
     query, key, value = follow_autocast(call.query, call.key, call.value)
     shared = {
         "valid": call.codes,
@@ -47,5 +47,5 @@ def attend_cached(
         "scale": call.scale,
         "backend": backend,
     }
-    mask = boxes.choose(query, key, totals, trusted=trusted, **shared)
+    mask = boxes.choose(query, key, totals, **shared)
     return attend_listed(query, key, value, mask, **shared)

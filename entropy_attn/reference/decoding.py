@@ -37,7 +37,6 @@ def choose_blocks(
     totals: Tensor,
     valid: Tensor | None,
     kv_lens: Tensor | None,
-    trusted: int,
     block: int,
     sink: int,
     local: int,
@@ -53,7 +52,7 @@ def choose_blocks(
     column = torch.arange(blocks, device=query.device)
 
     # Nothing waits for the device, at the price of all boxes being computed.
-    right = torch.minimum(fresh.clamp(max=trusted), end - q_len).clamp(min=0)
+    right = torch.minimum(fresh, end - q_len).clamp(min=0)
     stale = (column >= (right // block)[:, None])[:, None, :, None, None]
     boxes[:, :, :blocks] = torch.where(stale, key_boxes(key, kv_lens, block), boxes[:, :, :blocks])
     low, high = boxes[:, :, :blocks].to(dtype).unbind(3)
