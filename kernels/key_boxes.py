@@ -225,7 +225,7 @@ def choose_blocks(
     bounds = query.new_empty((batch, kv_heads, rows, blocks), dtype=torch.float32)
     counts = fresh.new_empty((batch, kv_heads, 1))
     indices = fresh.new_empty((batch, kv_heads, 1, width))
-    cols, block_d = triton.next_power_of_2(blocks), padded_head_dim(head_dim)
+    cols, block_d = max(16, triton.next_power_of_2(blocks)), padded_head_dim(head_dim)
     tile = max(16, min(64, TILE_BYTES // (block_d * key.element_size())))
     with device_of(query):
         _bound_kernel[(batch * kv_heads, triton.cdiv(blocks, tile))](

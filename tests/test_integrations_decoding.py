@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from integration_models import GROUPED, build, padding_mask, tokens, transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_attn as ea
 from entropy_attn.decoding.boxes import KeyBoxes
@@ -247,6 +249,31 @@ def test_the_check_finds_stale_boxes(model, checked, monkeypatch):
     monkeypatch.setattr(cache_module._Seen, "compare", lambda self, keys: None)
     with ea.apply(model, config(FEW)), pytest.raises(AssertionError, match="stale boxes"):
         model.generate(**prompt(), **PLAIN, num_beams=3)
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what would wait for a GPU, where the tensors are on one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "item"), name
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_step_reads_no_value_on_the_host(model):
+    ids, mask = tokens(2, 100), padding_mask("left", 100)[:2]
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    calls = ((static, mask), (transformers.DynamicCache(config=model.config), None))
+    with ea.apply(model, config(FEW)) as handle:
+        for past, valid in calls:
+            for begin, end in ((0, 90), (90, 91), (91, 92), (92, 95)):
+                given = {} if valid is None else {"attention_mask": valid[:, :end]}
+                # Several tokens at once: transformers reads a static cache's length then.
+                step = end - begin == 1 or (past is not static and begin > 0)
+                with Waiting() if step else contextlib.nullcontext():
+                    model(ids[:, begin:end], past_key_values=past, **given)
+        assert handle.stats().decoded == 12
 
 
 def test_boxes_die_with_their_cache(model):

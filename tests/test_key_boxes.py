@@ -192,7 +192,6 @@ def test_gpu_lists_and_attention(padded: bool, dtype: torch.dtype, forbid_waitin
         other = scratch.choose(query, key, totals, backend="reference", **options)
         blocks = -(-int(lens[0]) // 32)
         assert torch.equal(boxes.boxes[:, :, :blocks], scratch.boxes[:, :, :blocks])
-        assert torch.equal(mask.kv_num_blocks, other.kv_num_blocks) or query.shape[2] > 1
         assert (mask.to_dense() ^ other.to_dense()).sum() <= 0.01 * mask.num_blocks()
         found, plain = (
             attend_listed(query, key, value, mask, scale=None, backend=name, **options)

@@ -10,6 +10,7 @@ against a full cache, as a CUDA graph: else a step waits for the host, whatever 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -110,6 +111,7 @@ def run(context: Context) -> Iterator[Row]:
                 continue
         yield from _run_case(context, case, made[1])
         if context.on_gpu:
+            gc.collect()  # a cache of the next case may need what this one's took
             torch.cuda.empty_cache()
 
 
