@@ -189,6 +189,23 @@ def test_assisted_generation(model, many, checked):
         assert max(trusted for trusted, _ in checked) > 90
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@torch.no_grad()
+def test_autocast(model, padded, checked):
+    """Keys stay in fp32, as the rotation makes them; attention is in the dtype of autocast."""
+    inputs = prompt(3, 180)
+    if padded:
+        inputs["attention_mask"] = padding_mask("left", 180)
+    logits = []
+    for decode in (EVERYTHING, None):
+        with ea.apply(model, config(decode)), torch.autocast("cpu", torch.bfloat16):
+            past = model(**inputs).past_key_values
+            valid = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            out = model(tokens(3, 1), attention_mask=valid, past_key_values=past).logits
+            logits.append(out.float())
+    torch.testing.assert_close(*logits, atol=2**-5, rtol=2**-5)
+
+
 def test_a_batch_that_is_selected_from(model, checked):
     ids = tokens(3, 100)
     with torch.no_grad(), ea.apply(model, config(FEW)):
@@ -315,6 +332,20 @@ def decoded_densely(model, settings, **options) -> dict[str, int]:
         assert handle.stats().decoded == 0
         dense = handle.stats().dense
         return {reason: n for reason, n in dense.items() if "min_length='auto'" not in reason}
+
+
+@torch.no_grad()
+def test_calls_without_a_cache_are_what_they_were(model):
+    ids = tokens(2, 90)
+    expected = model(ids, use_cache=False).logits
+    few = ea.SparsityConfig(decode=FEW, min_length=0, block_size=16, budget=ea.TopK(1.0))
+    lazy = transformers.DynamicCache()  # its layers come with the first call
+    with ea.apply(model, few) as handle:
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+        torch.testing.assert_close(model(ids, past_key_values=lazy).logits, expected)
+        model(ids[:, :1], past_key_values=lazy)
+        assert [layer.sparse for layer in handle.stats().layers] == [2, 2]
+        assert handle.stats().decoded == 2
 
 
 def test_reasons(model):

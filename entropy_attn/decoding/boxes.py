@@ -8,6 +8,7 @@ from torch import Tensor
 from entropy_attn import backend as backend_table
 from entropy_attn import validation as check
 from entropy_attn.api import block_sparse_attention, with_positive_scale
+from entropy_attn.autocast import follow_autocast
 from entropy_attn.decoding import ops
 from entropy_attn.decoding.settings import SparseDecoding
 from entropy_attn.masks import BlockMask
@@ -109,6 +110,7 @@ def attend_listed(
         )
         assert isinstance(out, Tensor)  # without return_lse
         return out
+    query, key, value = follow_autocast(query, key, value)
     chosen = chosen_backend(query, key, backend)
     query, scale = with_positive_scale(query, check.check_scale(scale, query.shape[3]))
     return ops.decode_forward(

@@ -77,7 +77,7 @@ class CacheFollower:
         self._owner = None if owner is None else weakref.ref(owner)
         keys = _held(owner)
         self._before = 0 if keys is None else keys.shape[2]
-        if owner in self._seen:
+        if owner is not None and owner in self._seen:
             self._seen[owner].compare(keys)
 
     def follows(self, key: Tensor) -> bool:
@@ -96,9 +96,10 @@ class CacheFollower:
 
     def passed(self, key: Tensor, q_len: int) -> None:
         """A call appended ``q_len`` keys without bringing boxes up to date."""
-        seen = self._seen.get(self._current())
-        if seen is None:
+        owner = self._current()
+        if owner is None or owner not in self._seen:
             return
+        seen = self._seen[owner]
         # A cache that does not grow was written to somewhere.
         if self._before + q_len != key.shape[2] or not self.follows(key):
             seen.boxes.distrust(0)

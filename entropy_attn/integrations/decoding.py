@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_attn.autocast import follow_autocast
 from entropy_attn.decoding.boxes import attend_listed
 from entropy_attn.integrations.cache import CacheFollower
 from entropy_attn.integrations.call import AttentionCall
@@ -30,6 +29,8 @@ def reason_for_dense(call: AttentionCall, follower: CacheFollower) -> str | None
         return "decoding with a sliding window, which bounds the keys already"
     if torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad):
         return "decoding with gradients: run it under torch.no_grad()"
+    if call.query.dtype != call.key.dtype:
+        return f"decoding with queries in {call.query.dtype} and keys in {call.key.dtype}"
     if not follower.follows(call.key):
         return "decoding with keys that are not those of a cache that can be followed"
     return None
@@ -40,12 +41,11 @@ def attend_cached(
 ) -> Tensor:
     """(B, Hq, Nq, D): a decoding call, sparse; ``totals`` as in `KeyBoxes.choose`."""
     boxes = follower.boxes(call.key)
-    query, key, value = follow_autocast(call.query, call.key, call.value)
     shared = {
         "valid": call.codes,
         "kv_lens": None if call.codes is None else query_ends(call),
         "scale": call.scale,
         "backend": backend,
     }
-    mask = boxes.choose(query, key, totals, **shared)
-    return attend_listed(query, key, value, mask, **shared)
+    mask = boxes.choose(call.query, call.key, totals, **shared)
+    return attend_listed(call.query, call.key, call.value, mask, **shared)
