@@ -1,15 +1,16 @@
 """The contestants: this package's attention and every implementation that it is compared with.
 
-Adding one is adding a `Contestant` to the table. FlexAttention only ever runs compiled: eager, it
-ignores block lists and returns dense attention.
+Adding one is adding a `Contestant` to the table; `plugins` adds those of users. FlexAttention only
+ever runs compiled: eager, it ignores block lists and returns dense attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class Contestant:
         package: the distribution whose version is recorded.
         refuses: (case, device) -> why it cannot run the case here, or None.
         setup: inputs -> the forward, a callable without arguments.
+        known_version: what is recorded instead of the package's.
     """
 
     name: str
@@ -43,9 +45,12 @@ class Contestant:
     package: str
     refuses: Callable[[AttentionCase, torch.device], str | None]
     setup: Callable[[Inputs], Forward]
+    known_version: str | None = None
 
     @property
     def version(self) -> str | None:
+        if self.known_version is not None:
+            return self.known_version
         return ea.__version__ if self.package == "entropy-attn" else package_version(self.package)
 
     def forward(self, inputs: Inputs) -> Forward:
@@ -281,3 +286,12 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
     )
 }  # fmt: skip
+
+
+def is_sparse(contestant: str, result: Mapping[str, Any]) -> bool:
+    """Whether the contestant of a record visits only the blocks of the mask.
+
+    One that was registered by a plugin, which need not be here now, says so in its record.
+    """
+    known = CONTESTANTS.get(contestant)
+    return known.sparse if known is not None else result.get("sparse", False)

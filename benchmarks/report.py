@@ -19,7 +19,7 @@ from entropy_attn.benchmarks import (
     report_models,
     report_vision,
 )
-from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.tables import (
@@ -338,7 +338,7 @@ def visited_speed(records: list[Record]) -> dict[str, dict[str, float]]:
         title: {
             name: r.result["tflops"]
             for name, r in case.items()
-            if name != OURS_WITH_ENTROPY and (CONTESTANTS[name].sparse or r.config["density"] == 1)
+            if name != OURS_WITH_ENTROPY and (is_sparse(name, r.result) or r.config["density"] == 1)
         }
         for title, case in cases_of(records).items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from entropy_attn.benchmarks.check import expected
 from entropy_attn.benchmarks.contest import contest
 from entropy_attn.benchmarks.prose import paragraphs, prose
 from entropy_attn.benchmarks.registry import SUITES, Context, short
+from entropy_attn.benchmarks.resume import among
 from entropy_attn.benchmarks.store import SCHEMA, Record, Store, default_directory
 from entropy_attn.benchmarks.suites.crossover import break_even_density, write_crossover
 from entropy_attn.selection import Antidiagonal, Perplexity, Pooled, TopK
@@ -218,8 +220,6 @@ def test_every_contestant_runs_or_says_why_not():
 
 
 def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
-    from dataclasses import replace
-
     def broken(inputs):
         raise RuntimeError("no kernel\nfor this")
 
@@ -245,7 +245,8 @@ def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
 )
 def test_small_suites_run_on_a_cpu(suite, tmp_path):
     said = []
-    rows = list(SUITES[suite].run(Context(CPU, False, tmp_path, said.append)))
+    context = Context(CPU, False, tmp_path, said.append)
+    rows = list(SUITES[suite].run(context))
     assert said
     ours = [row for row in rows if row.is_ours and row.result["status"] != "unavailable"]
     assert ours
@@ -253,6 +254,14 @@ def test_small_suites_run_on_a_cpu(suite, tmp_path):
     assert all(row.config["form"] == "small" for row in rows)
     keys = {json.dumps(row.config, sort_keys=True) for row in rows}
     assert len(keys) == len(rows)
+    assert_resumed(suite, context, rows)
+
+
+def assert_resumed(suite, context, rows):
+    """Once all is measured there is nothing left, but what cannot be measured here."""
+    measured = [json.loads(json.dumps(r.config)) for r in rows if r.result["status"] == "ok"]
+    again = SUITES[suite].run(replace(context, is_measured=among(measured)))
+    assert {row.result["status"] for row in again} <= {"unavailable"}
 
 
 def test_choices_are_named_as_they_are_written():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from functools import partial
+
 import pytest
+import timm_or_stub  # noqa: F401  (timm, also where torchvision is not installed)
 import torch
 
 pytest.importorskip("transformers")
@@ -12,6 +17,7 @@ from transformers import AttentionInterface, ViTConfig, ViTForImageClassificatio
 from entropy_attn.benchmarks import report_models, whole_models
 from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.report import fill
+from entropy_attn.benchmarks.resume import among
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.suites import llm, vit
 from entropy_attn.benchmarks.whole_models import (
@@ -69,13 +75,6 @@ def test_the_record_says_what_ran_sparse(model, inputs):
     assert "4096" in dense["why_dense"]
 
 
-def test_what_torch_compile_traced_counts_as_ran(model, inputs):
-    prepared = whole_models.prepare(ours(0.75, **SPARSE).in_graph, model)
-    prepared.compiled = torch.compile(prepared.model, backend="eager", dynamic=False)
-    prepared.call(inputs, "logits")
-    assert whole_models._what_ran(prepared)["sparse_calls"] == 1.0
-
-
 def test_wrong_attention_is_reported_and_not_timed(model, inputs):
     def uniform(module, query, key, value, attention_mask, **_):
         return value.mean(2, keepdim=True).expand_as(query).transpose(1, 2).contiguous(), None
@@ -118,13 +117,55 @@ def test_flash_only_is_the_yardstick(model, inputs):
         assert found["SDPA"]["over_flash"] > 0
 
 
-@pytest.mark.parametrize("suite", [vit, llm])
-def test_the_small_form_runs(suite, tmp_path):
-    rows = list(suite.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
-    assert [row.result["status"] for row in rows] == ["ok"] * 4
-    (mine,) = [row for row in rows if row.is_ours]
-    assert mine.result["sparse_calls"] == 1.0
-    assert mine.config["sparsity"] > 0
+@pytest.mark.parametrize(("suite", "models"), [(vit, 2), (llm, 1)])
+def test_the_small_form_runs(suite, models, tmp_path):
+    context = Context(torch.device("cpu"), quick=False, out=tmp_path)
+    rows = list(suite.run(context))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4 * models
+    done = replace(context, is_measured=among([row.config for row in rows]))
+    assert list(suite.run(done)) == []
+    mine = [row for row in rows if row.is_ours]
+    assert len(mine) == models
+    for each in mine:
+        assert each.result["sparse_calls"] == 1.0
+        assert each.config["sparsity"] > 0
+
+
+def test_without_timm_its_model_is_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    rows = list(vit.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4 + ["unavailable"]
+    assert "timm cannot be imported" in rows[-1].text
+
+
+@pytest.fixture
+def timm_model():
+    return vit._of_timm(vit.Case(64, 1, depth=3, library=vit.TIMM)).to(torch.bfloat16).eval()
+
+
+def test_graphs_of_timm_are_whole_and_each_its_own(timm_model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    eager = [SDPA, ours(0.75, **SPARSE), LIMIT]
+    found = contest(timm_model, {"x": pixels}, *eager, *(a.in_graph for a in eager))
+    assert {result["status"] for result in found.values()} == {"ok"}, found
+    assert found["entropy-attn, compiled"]["sparse_calls"] == 1.0
+    assert found["entropy-attn, compiled"]["graph_breaks"] == 0
+    outputs = [
+        [whole_models.prepare(a, timm_model).call({"x": pixels}, "logits") for a in pair]
+        for pair in ((a, a.in_graph) for a in eager)
+    ]
+    for plain, compiled in outputs:
+        torch.testing.assert_close(plain, compiled)
+    assert not torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_a_graph_that_breaks_is_not_timed(timm_model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    timm_model.blocks[0].register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    result = contest(timm_model, {"x": torch.randn(1, 3, 64, 64).bfloat16()}, SDPA.in_graph)
+    assert result["SDPA, compiled"]["status"] == "failed"
+    assert "median_ms" not in result["SDPA, compiled"]
 
 
 @pytest.mark.parametrize("suite", [vit, llm])

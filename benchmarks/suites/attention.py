@@ -12,6 +12,7 @@ from dataclasses import replace
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
 from entropy_attn.benchmarks.cases import AttentionCase
 from entropy_attn.benchmarks.contest import Outcome, contest
+from entropy_attn.benchmarks.plugins import REGISTERED
 from entropy_attn.benchmarks.registry import Context, Row
 
 # In sparse cases these stand for dense attention.
@@ -48,17 +49,23 @@ def cases(form: str) -> list[AttentionCase]:
 
 
 def contestants(case: AttentionCase) -> list[str]:
-    """Who takes part: in sparse cases all that take block lists, and the dense anchors."""
+    """Who takes part: in sparse cases all that take block lists, and the dense anchors.
+
+    What a plugin registered takes part in all cases.
+    """
     if case.density < 1:
-        return [name for name, c in CONTESTANTS.items() if c.sparse or name in DENSE_ANCHORS]
-    ours = [OURS, OURS_WITH_ENTROPY]
-    return ours + [name for name, c in CONTESTANTS.items() if not c.sparse]
+        chosen = {name for name, c in CONTESTANTS.items() if c.sparse} | {*DENSE_ANCHORS}
+    else:
+        chosen = {name for name, c in CONTESTANTS.items() if not c.sparse}
+        chosen |= {OURS, OURS_WITH_ENTROPY}
+    chosen |= set(REGISTERED)
+    return [name for name in CONTESTANTS if name in chosen]
 
 
 def run(context: Context) -> Iterator[Row]:
     seconds = {"full": 1.0, "quick": 0.3, "small": 0.05}[context.form]
     told: set[tuple[str, str]] = set()
-    for case in cases(context.form):
+    for case in context.left(cases(context.form), contestants=(OURS, *REGISTERED)):
         context.progress(str(case))
         for outcome in contest(case, contestants(case), context.device, seconds=seconds):
             absence = (outcome.contestant.name, outcome.result.get("reason", ""))

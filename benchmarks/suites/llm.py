@@ -20,10 +20,12 @@ from entropy_attn.benchmarks.whole_models import (
     EAGER,
     FLASH_ONLY,
     LIMIT,
+    OURS,
     SDPA,
     Attention,
     contest,
     ours,
+    registered,
     row,
 )
 
@@ -59,7 +61,9 @@ def attentions(form: str) -> tuple[Attention, ...]:
 def run(context: Context) -> Iterator[Row]:
     seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
     made: tuple[str, Any] = ("", None)
-    for case in cases(context.form):
+    others = registered()
+    names = (OURS, *(attention.name for attention in others))
+    for case in context.left(cases(context.form), _shared, names):
         name = f"{case.model}, {case.tokens} tokens"
         if made[0] != case.model:
             made = ("", None)  # the old one must be gone before there is a new one
@@ -73,13 +77,17 @@ def run(context: Context) -> Iterator[Row]:
         ids = torch.randint(model.config.vocab_size, (1, case.tokens), device=context.device)
         shared = {"use_cache": False, "logits_to_keep": 1}
         found = contest(
-            attentions(context.form), model, {"input_ids": ids},
+            attentions(context.form) + others, model, {"input_ids": ids},
             {"input_ids": ids[:, :CHECKED_TOKENS]}, "logits", options=shared, seconds=seconds,
             progress=lambda text, name=name: context.progress(f"{name}: {text}"),
         )  # fmt: skip
-        config = {"form": context.form, **asdict(case), "phase": "prefill"}
+        config = {"form": context.form, **_shared(case)}
         for attention, result in found:
             yield row(name, attention, result, config, SPARSITY, case.tokens, "tokens")
+
+
+def _shared(case: Case) -> dict[str, Any]:
+    return {**asdict(case), "phase": "prefill"}
 
 
 # --- models -------------------------------------------------------------------------------------
