@@ -385,6 +385,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
     geometry = (report_geometry, report_hulls, report_entropy_net)
-    for part in (report_finetune, report_vision, *geometry):
+    for part in (report_models, report_finetune, report_vision, *geometry):
         drawn += part.draw(store, folder)
     return drawn

@@ -208,18 +208,53 @@ def test_tables_compare_with_flash_attention(store):
     assert "| entropy-attn (80% sparse) | 4,096,000 (1.25 x) |" in page
 
 
+def test_compiled_ones_of_timm_stand_beside_the_eager_ones(store):
+    """Also a baseline of a plugin; transformers' compiled ones were of an earlier version."""
+    shared = {"form": "full", "sparsity": 0.0, "dtype": "bfloat16", "size": 1024, "batch": 8}
+    for extra, result in (
+        ({"contestant": "SDPA, compiled", "library": "timm"}, {"images_per_s": 111.0}),
+        ({"contestant": "SDPA, compiled"}, {"images_per_s": 222.0}),
+        ({"contestant": "mine"}, {"images_per_s": 333.0, "version": "1"}),
+    ):
+        result |= {"status": "ok", "median_ms": 5.0}
+        store.append(Record("vit", {**shared, **extra}, result, MACHINE))
+    page = fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
+    assert "| attention | 8 x 1024 px | 8 x 1024 px, timm |" in page
+    assert "| SDPA, compiled | – | 111 |" in page
+    assert "| mine | 333 (2.00 x) | – |" in page
+    assert "222" not in page
+
+
+def test_the_headline_sets_gains_beside_their_limit(store, tmp_path):
+    shared = {"form": "full", "sparsity": 0.0, "dtype": "bfloat16"}
+    config = {**shared, "model": "LLaMA-2-7B", "tokens": 32768, "contestant": "cuDNN"}
+    result = {"status": "ok", "median_ms": 9.0, "tokens_per_s": 7.0}
+    store.append(Record("llm", config, result, MACHINE))
+    page = fill("<!-- begin:models-headline -->\n<!-- end:models-headline -->", store)
+    gains = "1.25 x, limit 2.00 x | 1.12 x, limit 1.80 x"
+    assert f"| LLaMA-2-7B, 32k | 3,276,800 | 7 | 4,096,000 | 6,553,600 | {gains} |" in page
+    assert "| 8 x 1024 px | 800 | – | 1,000 | 1,600 | 1.25 x, limit 2.00 x | 1.25 x" in page
+    (llm_panel, vit_panel) = report_models.panels(store)["G1"].values()
+    assert llm_panel[OURS] == [(32768, 1.25)]
+    assert llm_panel["the fastest dense"] == [(32768, pytest.approx(10 / 9))]
+    assert vit_panel[LIMIT.name] == [(1024, 2.0)]
+    (path,) = report_models.draw(store, tmp_path)
+    assert path.stat().st_size > 0
+    assert [value for value, _ in report_models.cards(store)] == ["1.25 x", "1.25 x"]
+
+
 def test_what_ran_dense_says_so(store):
     for record in store.load("vit", contestant=OURS):
         store.append(Record("vit", record.config, {**record.result, "sparse_calls": 0.0}, MACHINE))
-    assert "(1.25 x) dense |" in fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
+    assert "1,000 dense (1.25 x) |" in fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
 
 
 def test_the_papers_claims_are_judged(store, tmp_path):
     text, verdict = report_models.judge_vit(store)
-    assert text == "1024 px: 2.50 x eager, 1.25 x FlashAttention-2"
+    assert text == "1024 px: 2.50 x eager, 1.25 x FlashAttention-2 (G1)"
     assert verdict == "does not hold"  # of FlashAttention's 1.63 x the paper makes 2.07 x
     text, verdict = report_models.judge_llm(store)
-    assert text == "LLaMA-2-7B, 32k: 1.25 x FlashAttention-2"
+    assert text == "LLaMA-2-7B, 32k: 1.25 x FlashAttention-2 (G1)"
     assert verdict == "does not hold"
     assert report_models.judge_vit(Store(tmp_path / "none")) is None
     assert report_models.judge_llm(Store(tmp_path / "none")) is None
