@@ -175,12 +175,10 @@ TABLES: dict[str, Callable[[Store], str]] = {
 def cards(store: Store) -> list[tuple[str, str]]:
     """(how many times FlashAttention, what of) of the largest case of each suite that is shown."""
     found = []
-    for shown, records in _headline_records(store):
-        mine = [r for r in records if r.config["contestant"] == OURS]
-        times = ratio(records, mine[-1]) if mine else None
-        if times is not None:
-            model = "ViT-B/16" if shown is VIT else "prefill"
-            text = f"{FLASH}: {model}, {shown.column(mine[-1].config)}, {mine[-1].machine}"
+    for machine, by_panel in panels(store).items():
+        for label, curves in by_panel.items():
+            (size, times), (_, limit) = curves[OURS][-1], curves[LEFT_OUT][-1]
+            text = f"the speed of {FLASH}, at most {limit:.2f} x; {label}: {size}; {machine}"
             found.append((f"{times:.2f} x", text))
     return found
 
@@ -189,8 +187,8 @@ def panels(store: Store) -> dict[str, dict[str, Curves]]:
     """By machine and panel, how many times as fast as FlashAttention-2: (size, times) by name."""
     found: dict[str, dict[str, Curves]] = {}
     titles = {
-        LLM.suite: f"{HEADLINE_MODEL}, prefill: tokens of the prompt",
-        VIT.suite: "ViT-B/16: pixels of a side",
+        LLM.suite: f"{HEADLINE_MODEL}, prefill, tokens of the prompt",
+        VIT.suite: "ViT-B/16, pixels of a side",
     }
     for shown, records in _headline_records(store):
         for machine, mine in by_machine(records):

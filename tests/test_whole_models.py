@@ -131,6 +131,14 @@ def test_the_small_form_runs(suite, models, tmp_path):
         assert each.config["sparsity"] > 0
 
 
+def test_what_timm_measured_is_not_taken_for_transformers(tmp_path):
+    context = Context(torch.device("cpu"), quick=False, out=tmp_path)
+    config = {**vit.Case(64, 1, depth=2, library=vit.TIMM).config(), "form": "small"}
+    timm_alone = replace(context, is_measured=among([{**config, "contestant": OURS}]))
+    rows = list(vit.run(timm_alone))
+    assert [row.config.get("library") for row in rows] == [None] * 4
+
+
 def test_without_timm_its_model_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     rows = list(vit.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))

@@ -95,7 +95,7 @@ def run(context: Context) -> Iterator[Row]:
         mine = [case for case in cases(context.form) if case.library == library]
         others = registered() if library == TRANSFORMERS else ()
         names = (OURS, *(attention.name for attention in others))
-        for case in context.left(mine, Case.config, names):
+        for case in context.left(mine, lambda c: {"library": None} | c.config(), names):
             config = {"form": context.form, **case.config()}
             try:
                 model = make(case).to(context.device, torch.bfloat16).eval()
