@@ -16,8 +16,11 @@ from entropy_attn.reference import attention as reference
 
 # The forward kernels of the Triton backend.
 PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
+# The backward kernels of the Triton backend.
+PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # Pairs of queries and keys of all heads, below which a launch weighs more than a faster kernel.
 SMALL = 2**31
+SMALL_BACKWARD = 2**29
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +71,40 @@ def forward_kernel(
     if batch * heads * q_len * key.shape[2] < SMALL:
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
+
+
+def backward_kernel(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    window: int,
+    scale: float,
+    *,
+    has_lengths: bool = False,
+    entropy: bool = False,
+) -> tuple[str, str]:
+    """Which of the Triton backend's backward kernels runs a call, and why. Waits for nothing."""
+    from entropy_attn.kernels.launch import architecture, other_gluon
+
+    if architecture(query.device) != "sm90":
+        return PORTABLE_BACKWARD, "it runs on every GPU"
+    if torch.are_deterministic_algorithms_enabled():
+        return PORTABLE_BACKWARD, "torch.use_deterministic_algorithms is set"
+    problem = other_gluon()
+    if problem is None:
+        from entropy_attn.kernels.hopper.backward import unsupported
+
+        problem = unsupported(
+            grad_out, query, key, value, block_size, scale, has_lengths=has_lengths,
+            window=window, entropy=entropy,
+        )  # fmt: skip
+    if problem is not None:
+        return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
+    if query.shape[:3].numel() * key.shape[2] < SMALL_BACKWARD:
+        return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
+    return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 
 
 @torch.library.custom_op("entropy_attn::attention_forward", mutates_args=())
@@ -213,6 +250,17 @@ def attention_backward(
     statistics = row_statistics(
         out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
     )
+    entropy = not (grad_row is None and grad_block is None and grad_tile is None)
+    kernel, _ = backward_kernel(
+        grad_out, query, key, value, (block_q, block_k), window, scale,
+        has_lengths=not (kv_lens is None and q_lens is None), entropy=entropy,
+    )  # fmt: skip
+    if kernel == HOPPER_BACKWARD:
+        from entropy_attn.kernels.hopper.backward import hopper_backward
+
+        return hopper_backward(
+            grad_out, query, key, value, statistics, columns, (block_q, block_k), is_causal, scale
+        )
     return block_sparse_backward(
         grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
         row_entropy=grad_row is not None, block_entropy=grad_block is not None,

@@ -145,6 +145,8 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
     numbers = [re.search(pattern, text) for pattern in (registers, spilled)]
     if None in numbers:
         raise RuntimeError(f"the compiler's report does not say what it used:\n{text[-2000:]}")
+    if "wgmma.mma_async instructions are serialized" in text:
+        raise RuntimeError(f"the tensor cores' products wait for each other:\n{text[-2000:]}")
     used, spills = (int(match[1]) for match in numbers if match)
     return used, spills * bytes_each
 
@@ -268,6 +270,38 @@ class Hopper:
         forward.hopper_forward(
             query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5
         )
+
+
+@dataclass(frozen=True)
+class BackwardForHopper:
+    """A backward of the kernel for sm_90, as calls that are large enough run."""
+
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = False
+    kv_len: int = 1024
+    dense: bool = False
+
+    def __str__(self) -> str:
+        words = [f"backward, D={self.head_dim}", str(self.dtype).split(".")[1]]
+        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        return ", ".join([*words, f"N={self.kv_len}"])
+
+    def run(self) -> None:
+        from entropy_attn.block_lists import column_lists
+        from entropy_attn.kernels.hopper.backward import hopper_backward
+        from entropy_attn.masks import BlockMask
+
+        query = torch.zeros(1, 4, 1024, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
+        columns = None
+        if not self.dense:
+            mask = BlockMask.full(1, 4, 1024, self.kv_len, 128)
+            columns = column_lists(mask.kv_num_blocks, mask.kv_indices, -(-self.kv_len // 128))
+        hopper_backward(
+            query, query, key, key, torch.zeros(1, 4, 2, 1024), columns, (128, 128),
+            self.is_causal, self.head_dim**-0.5,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -435,6 +469,8 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (128, 128), torch.float16, is_causal=True, kv_len=1000),
         Hopper(64, (64, 64)),
         Hopper(64, (256, 128), dense=True),
+        BackwardForHopper(128),
+        BackwardForHopper(64, torch.float16, is_causal=True, kv_len=1000, dense=True),
     )
 }
 

@@ -481,7 +481,7 @@ def unsupported(
     return None
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What the copy engine needs to move (rows, columns) boxes of (B, H, N, D)."""
     # The stride of a dimension of size 1 is never used, but has to be a valid one.
     strides = [s if n > 1 else 16 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
@@ -535,8 +535,8 @@ def hopper_forward(
     launch_registers, *registers = REGISTERS[config.programs]
     with device_of(query):
         _forward_kernel[(min(items, multiprocessors * config.programs),)](
-            _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),
-            _descriptor(out, 64, block_d), lse, order if indices is None else indices, order,
+            descriptor(query, 64, block_d), descriptor(key, *box), descriptor(value, *box),
+            descriptor(out, 64, block_d), lse, order if indices is None else indices, order,
             *list_strides(counts, indices)[3:],
             heads, heads // kv_heads, q_len, kv_len, triton.cdiv(q_len, block_m), items,
             exponent_scale(scale),
