@@ -249,11 +249,15 @@ class Hopper:
     is_causal: bool = False
     kv_len: int = 1024
     dense: bool = False
+    lens: bool = False
+    row_entropy: bool = False
+    block_entropy: bool = False
 
     def __str__(self) -> str:
         blocks = "x".join(map(str, self.block))
         words = [f"Hopper, D={self.head_dim}", f"blocks {blocks}", str(self.dtype).split(".")[1]]
-        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        switches = ("is_causal", "dense", "lens", "row_entropy", "block_entropy")
+        words += [name for name in switches if getattr(self, name)]
         return ", ".join([*words, f"N={self.kv_len}"])
 
     def run(self) -> None:
@@ -265,9 +269,12 @@ class Hopper:
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
         mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
         lists = (None, None) if self.dense else (mask.kv_num_blocks, mask.kv_indices)
+        lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         forward.hopper_forward(
-            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5
-        )
+            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5,
+            kv_lens=lens, q_lens=lens,
+            row_entropy=self.row_entropy, block_entropy=self.block_entropy,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
