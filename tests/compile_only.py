@@ -442,6 +442,9 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (128, 128), torch.float16, is_causal=True, kv_len=1000),
         Hopper(64, (64, 64)),
         Hopper(64, (256, 128), dense=True),
+        Hopper(128, (128, 128), row_entropy=True),
+        Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),
+        Hopper(64, (64, 64), lens=True, dense=True, block_entropy=True),
     )
 }
 
