@@ -61,8 +61,8 @@ def visible(scores, problem, low, high, limits):
 @gluon.jit
 def first_softmax(scores, problem, MASKED: gl.constexpr):
     """(64, N) p of an item's first step, and its `Sums`. MASKED: scores may be -inf."""
-    lane: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
-    no_score = gl.full([ROWS], NO_SCORE, gl.float32, lane)
+    layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    no_score = gl.full([ROWS], NO_SCORE, gl.float32, layout)
     maximum = gl.maximum(gl.max(scores, 1) * problem.scale_log2, no_score)  # (64,)
     return _step(scores, maximum, problem, MASKED)
 
