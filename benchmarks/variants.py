@@ -2,6 +2,9 @@
 
     python -m entropy_attn.benchmarks.variants hopper --head-dim 64 --density 0.1
     python -m entropy_attn.benchmarks.variants portable --block 64
+    python -m entropy_attn.benchmarks.variants hopper-entropy
+
+With "-entropy" the kernel computes row and block entropy as well; what is checked is its output.
 
 Every configuration is checked against the reference, then all are timed in turns. Nothing is
 stored: a default that should be another one is changed in the kernel's file and measured by the
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -30,13 +34,14 @@ Forward = Callable[[Inputs, Any], Tensor]
 DEFAULT = "default"
 
 
-def hopper(inputs: Inputs, config: Any) -> Tensor:
+def hopper(inputs: Inputs, config: Any, entropy: bool = False) -> Tensor:
     from entropy_attn.kernels.hopper.forward import hopper_forward
 
     case, mask = inputs.case, inputs.mask
     return hopper_forward(
         inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices,
         mask.block_size, case.is_causal, case.head_dim**-0.5, config,
+        row_entropy=entropy, block_entropy=entropy,
     )[0]  # fmt: skip
 
 
@@ -64,24 +69,24 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
     return _others(default, changes)
 
 
-def portable(inputs: Inputs, config: Any) -> Tensor:
+def portable(inputs: Inputs, config: Any, entropy: bool = False) -> Tensor:
     from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 
     case, mask = inputs.case, inputs.mask
     return block_sparse_forward(
         inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices, None, None,
-        mask.block_size, case.is_causal, 0, case.head_dim**-0.5, False, False, config,
+        mask.block_size, case.is_causal, 0, case.head_dim**-0.5, entropy, entropy, config,
     )[0]  # fmt: skip
 
 
-def portable_variants(inputs: Inputs) -> dict[str, Any]:
+def portable_variants(inputs: Inputs, entropy: bool = False) -> dict[str, Any]:
     """The default and its neighbours in tile sizes, warps and stages."""
     from entropy_attn.kernels.block_sparse_forward import forward_config
 
     arch, block = architecture(inputs.device), inputs.mask.block_size
     default = forward_config(
         arch, inputs.case.head_dim, inputs.query.element_size(), block, inputs.case.is_causal,
-        copy_engine=has_copy_engine(arch, inputs.key, inputs.value),
+        entropy, copy_engine=has_copy_engine(arch, inputs.key, inputs.value),
     )  # fmt: skip
     changes: dict[str, dict[str, Any]] = {
         f"{name} {value}": {name: value}
@@ -109,7 +114,12 @@ def _others(default: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 KERNELS: dict[str, tuple[Forward, Callable[[Inputs], dict[str, Any]]]] = {
     "hopper": (hopper, hopper_variants),
+    "hopper-entropy": (partial(hopper, entropy=True), hopper_variants),
     "portable": (portable, portable_variants),
+    "portable-entropy": (
+        partial(portable, entropy=True),
+        partial(portable_variants, entropy=True),
+    ),
 }
 
 

@@ -308,9 +308,8 @@ def explain(
     choice = args.choose(backend, wants_statistics=return_lse)
     if choice.backend == "triton":
         kernel, why = ops.forward_kernel(
-            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale,
-            kv_lens=kv_lens, q_lens=q_lens,
-        )  # fmt: skip
+            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale
+        )
         choice = replace(choice, reason=f"{choice.reason}; kernels/{kernel}.py: {why}")
     if backend != "auto" or choice.backend != "triton" or args.keeps_all:
         return choice

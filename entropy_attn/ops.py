@@ -44,8 +44,6 @@ def forward_kernel(
     window: int,
     scale: float,
     *,
-    kv_lens: Tensor | None = None,
-    q_lens: Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[str, str]:
     """Which of the Triton backend's forward kernels runs a call, and why. Waits for nothing."""
@@ -61,10 +59,7 @@ def forward_kernel(
     if problem is None:
         from entropy_attn.kernels.hopper.forward import unsupported
 
-        problem = unsupported(
-            query, key, value, block_size, scale, kv_lens=kv_lens, q_lens=q_lens, window=window,
-            entropy=entropy,
-        )  # fmt: skip
+        problem = unsupported(query, key, value, block_size, scale, window=window)
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
@@ -143,20 +138,19 @@ def attention_forward(
         if tile_entropy:
             tile = reference.tile_entropy(query, key, problem)
         return *rows, tile, mass.clone()
-    kernel, _ = forward_kernel(
-        query, key, value, *geometry, kv_lens=kv_lens, q_lens=q_lens,
-        entropy=row_entropy or block_entropy,
-    )  # fmt: skip
-    nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    kernel, _ = forward_kernel(query, key, value, *geometry, entropy=row_entropy or block_entropy)
     if kernel == DECODE:
         from entropy_attn.kernels.decode import split_forward
 
+        nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
         rows = (*split_forward(query, key, value, *shared, *geometry), *nothing)
     elif kernel == HOPPER:
         from entropy_attn.kernels.hopper.forward import hopper_forward
 
-        found = hopper_forward(query, key, value, *lists[:2], geometry[0], is_causal, scale)
-        rows = (*found, *nothing)
+        rows = hopper_forward(
+            query, key, value, *lists[:2], geometry[0], is_causal, scale,
+            kv_lens=kv_lens, q_lens=q_lens, row_entropy=row_entropy, block_entropy=block_entropy,
+        )  # fmt: skip
     else:
         from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 

@@ -251,11 +251,15 @@ class Hopper:
     is_causal: bool = False
     kv_len: int = 1024
     dense: bool = False
+    lens: bool = False
+    row_entropy: bool = False
+    block_entropy: bool = False
 
     def __str__(self) -> str:
         blocks = "x".join(map(str, self.block))
         words = [f"Hopper, D={self.head_dim}", f"blocks {blocks}", str(self.dtype).split(".")[1]]
-        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        switches = ("is_causal", "dense", "lens", "row_entropy", "block_entropy")
+        words += [name for name in switches if getattr(self, name)]
         return ", ".join([*words, f"N={self.kv_len}"])
 
     def run(self) -> None:
@@ -267,9 +271,12 @@ class Hopper:
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
         mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
         lists = (None, None) if self.dense else (mask.kv_num_blocks, mask.kv_indices)
+        lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         forward.hopper_forward(
-            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5
-        )
+            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5,
+            kv_lens=lens, q_lens=lens,
+            row_entropy=self.row_entropy, block_entropy=self.block_entropy,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -471,6 +478,9 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (256, 128), dense=True),
         BackwardForHopper(128),
         BackwardForHopper(64, torch.float16, is_causal=True, kv_len=1000, dense=True),
+        Hopper(128, (128, 128), row_entropy=True),
+        Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),
+        Hopper(64, (64, 64), lens=True, dense=True, block_entropy=True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Parts of the Hopper backward: the transposed lists, its shared memory, sums by the copy engine."""
+"""Parts of the Hopper backward: transposed lists, shared memory, sums by the copy engine."""
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
 from triton._C.libtriton import ir
