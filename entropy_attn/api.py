@@ -97,8 +97,8 @@ def _validated(
 ) -> _Arguments:
     check.check_qkv(query, key, value)
     scale = check.check_scale(scale, query.shape[3])
-    check.check_lens("kv_lens", kv_lens, query)
-    check.check_lens("q_lens", q_lens, query)
+    kv_lens = check.check_lens("kv_lens", kv_lens, query)
+    q_lens = check.check_lens("q_lens", q_lens, query)
     if block_mask is not None or needs_mask:
         check.check_block_mask(block_mask, query, key)
         if block_size is not None and check.check_block_size(block_size) != block_mask.block_size:

@@ -381,6 +381,28 @@ def test_tile_mass_matches_dense(backend: str, device: str) -> None:
     assert_close_to_reference(mass, plain, exact, "tile mass")
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_lengths_may_be_a_view(backend: str, device: str) -> None:
+    """Kernels read them as adjacent numbers."""
+    query = torch.randn(3, 1, 40, 16, device=device)
+    mask = ea.BlockMask.full(3, 1, 40, 40, 16, device=device)
+    views = (
+        torch.tensor([25], dtype=torch.int32, device=device).expand(3),
+        torch.tensor([9, 0, 33, 0, 40, 0], dtype=torch.int32, device=device)[::2],
+    )
+    for lens in views:
+        found, expected = (
+            ea.block_sparse_attention(query, query, query, mask, kv_lens=x, backend=backend)
+            for x in (lens, lens.contiguous())
+        )
+        assert torch.equal(found, expected)
+        kept, wanted = (
+            ea.select_blocks(query, query, block_size=16, kv_lens=x, backend=backend).to_dense()
+            for x in (lens, lens.contiguous())
+        )
+        assert torch.equal(kept, wanted)
+
+
 @pytest.mark.gpu
 def test_results_are_deterministic() -> None:
     case = Case(head_dim=64, block_size=(64, 64), q_len=2048, kv_len=2048, dtype=torch.bfloat16)
