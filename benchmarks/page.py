@@ -149,7 +149,12 @@ def _cards(store: Store) -> list[Card]:
     found = []
     for record in full_records(store, "attention", contestant=OURS, density=0.25, irregular=False):
         config = record.config
-        if config["head_dim"] == 128 and config["block"] == 128 and not config["is_causal"]:
+        is_main = config["length"] in (8192, 16384) and "pattern" not in config
+        if is_main and (config["head_dim"], config["block"], config["is_causal"]) == (
+            128,
+            128,
+            False,
+        ):
             text = f"{config['direction']}, D=128, a quarter of the blocks, on visited tiles"
             found.append(Card(f"{record.result['tflops']:.0f} TFLOP/s", text))
     for times, text in report_models.cards(store):

@@ -170,6 +170,22 @@ def test_random_blocks_keep_the_density(is_causal, irregular):
     assert rows_differ == irregular
 
 
+def test_patterns_of_blocks():
+    case = AttentionCase(16, 64 * 32, 0.25, 32, pattern="banded")
+    banded = random_blocks(case, torch.Generator().manual_seed(0), CPU)
+    distance = (torch.arange(64)[:, None] - torch.arange(64)).abs()
+    assert (banded.sum(-1) == 16).all()
+    assert distance.where(banded[0, 0], 0).max() <= 16  # at the edges a band has one side
+    clustered = replace(case, pattern="clustered")
+    kept = random_blocks(clustered, torch.Generator().manual_seed(0), CPU).float()
+    random = random_blocks(
+        replace(case, pattern=None), torch.Generator().manual_seed(0), CPU
+    ).float()
+    # Rows of a cluster keep the same blocks: their overlap is far from that of random rows.
+    overlaps = [(x @ x.mT / 16 > 0.6).float().mean() for x in (kept, random)]
+    assert overlaps[0] > 0.1 > 0.03 > overlaps[1]
+
+
 def test_work_counts_visited_tiles_only():
     inputs = make_inputs(TINY, CPU, 0)
     tiles = inputs.mask.to_dense().sum().item()

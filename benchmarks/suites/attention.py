@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import (
+    CONTESTANTS,
+    OURS,
+    OURS_DETERMINISTIC,
+    OURS_WITH_ENTROPY,
+)
 from entropy_attn.benchmarks.cases import AttentionCase
 from entropy_attn.benchmarks.contest import Outcome, contest
 from entropy_attn.benchmarks.plugins import REGISTERED
@@ -45,6 +50,18 @@ def cases(form: str) -> list[AttentionCase]:
         AttentionCase(head_dim, 8192, 0.25, block=64, direction="backward")
         for head_dim in (128, 64)
     ]
+    found.append(AttentionCase(128, 8192, 0.25, irregular=True, direction="backward"))
+    quarter = AttentionCase(128, 16384, 0.25)
+    found += [replace(quarter, pattern=pattern) for pattern in ("banded", "clustered")]
+    found += [replace(quarter, density=0.05), replace(quarter, block=32)]
+    # Other lengths: where launches weigh, and long ones.
+    found += [replace(quarter, length=length) for length in (1024, 2048, 4096, 65536)]
+    found += [
+        replace(quarter, length=length, head_dim=head_dim, direction="backward")
+        for length in (2048, 4096, 32768)
+        for head_dim in (128, 64)
+    ]
+    found.append(replace(quarter, length=131072, batch=1))
     return found
 
 
@@ -57,7 +74,7 @@ def contestants(case: AttentionCase) -> list[str]:
         chosen = {name for name, c in CONTESTANTS.items() if c.sparse} | {*DENSE_ANCHORS}
     else:
         chosen = {name for name, c in CONTESTANTS.items() if not c.sparse}
-        chosen |= {OURS, OURS_WITH_ENTROPY}
+        chosen |= {OURS, OURS_WITH_ENTROPY, OURS_DETERMINISTIC}
     chosen |= set(REGISTERED)
     return [name for name in CONTESTANTS if name in chosen]
 
