@@ -36,7 +36,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -166,12 +165,14 @@ def _step(
     buffers.queries.wait_full(use)
     query = buffers.queries.tile(use)  # (M, D)
     scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    grad_key = warpgroup_mma_wait(1, deps=(grad_key,))
-    if use > 0:
-        buffers.queries.release(use - 1)
     query_part = _query_product(columns, buffers, use, WARPGROUP)
     scores, query_part = warpgroup_mma_wait(0, deps=(scores, query_part))  # (64, M)
     _hand_over(columns, buffers, query_part, use, WARPGROUP)
+    grad = buffers.queries.tile(use, 1)  # (M, D)
+    delta = _row_values(buffers, use, row_layout, 1)  # (M,)
+    grad_p = zeros - delta[None, :]  # the product is added to it
+    if columns.EARLY:
+        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
     lse = _row_values(buffers, use, row_layout, 0)  # (M,)
     if MASKED:
         # The first query of the step that sees each key.
@@ -185,20 +186,21 @@ def _step(
         scores = gl.where(lane[None, :] >= first[:, None], scores, float("-inf"))
     p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
 
-    grad = buffers.queries.tile(use, 1)  # (M, D)
     grad_value = warpgroup_mma(_operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
-    delta = _row_values(buffers, use, row_layout, 1)  # (M,)
-    grad_p = zeros - delta[None, :]  # the product is added to it
-    grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
-    grad_p, grad_value = warpgroup_mma_wait(0, deps=(grad_p, grad_value))  # (64, M)
-    grad_scores = _operand(p * grad_p, grad_value, DTYPE)  # (64, M)
+    if columns.EARLY:
+        grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
+    else:
+        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
+        grad_p, grad_value = warpgroup_mma_wait(0, deps=(grad_p, grad_value))  # (64, M)
+    grad_scores = _operand(p * grad_p, grad_key, DTYPE)  # (64, M)
 
     slot = (use + 1) % 2
     buffers.scores.index(slot * 2 + WARPGROUP).store(gl.convert_layout(grad_scores, layout))
     fence_async_shared()
     mbarrier.arrive(buffers.scores_full.index(slot), count=1)
     grad_key = warpgroup_mma(grad_scores, query, grad_key, is_async=True)
-    grad_key = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(grad_key,)))
+    grad_key, grad_value = warpgroup_mma_wait(0, deps=(grad_key, grad_value))
+    buffers.queries.release(use)
     return grad_key, grad_value
 
 
@@ -219,7 +221,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
     BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     batch, kv_head, key_start = columns.place()
-    grad_key = warpgroup_mma_init(gl.zeros([KEYS, BLOCK_D], gl.float32, layout))
+    grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     mbarrier.arrive(buffers.scores_full.index(0), count=1)
     buffers.keys.wait_full(0)
@@ -247,7 +249,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             step += 1
         member += 1
     query_part = _query_product(columns, buffers, use, WARPGROUP)
-    query_part, grad_key = warpgroup_mma_wait(0, deps=(query_part, grad_key))
+    query_part = warpgroup_mma_wait(0, deps=(query_part,))
     _hand_over(columns, buffers, query_part, use, WARPGROUP)
     mbarrier.wait(buffers.sum_empty, use & 1)  # dK and dV leave through the same memory
     start = key_start + WARPGROUP * KEYS
@@ -295,12 +297,13 @@ def _backward_kernel(
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
     GROUP: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
+    EARLY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     columns = Columns(
         offsets_ptr, rows_ptr, count_stride_b, count_stride_h, index_stride_b, index_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED,
+        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 2)
@@ -354,11 +357,13 @@ class HopperBackwardConfig:
 
     Attributes:
         block_m: queries a step, 64 for head_dim over 64 and 128 below.
-        stages: slots of the rings of queries and of their gradients.
+        stages: slots of the ring of queries and their gradients.
+        early: dP is started before the exponentials, not after them.
     """
 
     block_m: int
     stages: int
+    early: bool = False
 
 
 def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
@@ -446,6 +451,7 @@ def hopper_backward(
             GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
             BLOCK_Q=block_size[0], STAGES=config.stages, IS_CAUSAL=is_causal,
             MAY_CUT=kv_len % BLOCK_N.value != 0, LISTED=rows is not None,
+            EARLY=config.early,
             CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
             num_warps=4,
         )  # fmt: skip

@@ -45,12 +45,13 @@ class Columns:
     IS_CAUSAL: gl.constexpr
     MAY_CUT: gl.constexpr
     LISTED: gl.constexpr
+    EARLY: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, offsets, rows, offset_stride_b, offset_stride_h, row_stride_b, row_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED,
+        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
     ):  # fmt: skip
         self.offsets = offsets
         self.rows = rows
@@ -70,6 +71,7 @@ class Columns:
         self.IS_CAUSAL = gl.constexpr(IS_CAUSAL)
         self.MAY_CUT = gl.constexpr(MAY_CUT)
         self.LISTED = gl.constexpr(LISTED)
+        self.EARLY = gl.constexpr(EARLY)
 
     @gluon.jit
     def place(self):
