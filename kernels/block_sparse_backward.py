@@ -5,6 +5,7 @@ With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
 (FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta: d lse_i / d S_ij = P_ij.)
 Gradients of the entropies add terms to delta and, in the brackets, - gR_i S_ij - gB_i log P_i,B(j)
 + g_A,B(j): see `kernels/backward_statistics.py`, which leaves lse, delta and gR, gB of each row.
+Without a gradient of the output (HAS_OUT) there are only those: no dP, no dV, no need of values.
 Two kernels: dK and dV by one program a block of keys, which walks over the queries that list it
 (the transposed lists, CSR) in all query heads of its group; dQ by one program a block of queries.
 P is computed twice, and in return nothing is accumulated through memory.
@@ -69,7 +70,6 @@ def _visit_queries(
     ``terms`` points to g_AB of the block of keys and of the query block in slot 0.
     DESCRIPTORS: ``query_base``, ``grad_base`` and ``statistics_source`` are descriptors of the
     whole tensors; else they point to the head's rows, the last one to all statistics.
-    HAS_OUT: the output has a gradient; without one there is no dP, no dV and no need of values.
     """
     STEPS: tl.constexpr = BLOCK_Q // BLOCK_M
     lane = tl.arange(0, BLOCK_M)

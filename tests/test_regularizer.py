@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import entropy_attn as ea
 from entropy_attn.regularizer.control import DualAscent, FixedWeight
 from entropy_attn.regularizer.measure import measure_calls
-from entropy_attn.regularizer.rows import with_run
 from entropy_attn.regularizer.sampling import Sample
 from entropy_attn.testing import assert_close_to_reference
 
@@ -228,26 +227,6 @@ def test_the_model_attends_as_before(family):
             regularizer.penalty()
         assert handle.stats().density == 1.0
     assert torch.equal(model(**inputs).logits, plain)
-
-
-def test_a_run_of_rows_has_the_gradients_of_slices():
-    leaves = [torch.randn(3, 1, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def gradients_of(run, parts: set[str], create_graph: bool) -> tuple[Tensor, ...]:
-        query, key, *rows = run(*leaves)
-        losses = {"whole": (query @ key.mT).softmax(-1) @ key, "rows": rows[0].exp() @ rows[1].mT}
-        loss = sum(losses[part].square().sum() for part in parts)
-        return torch.autograd.grad(loss, leaves, create_graph=create_graph)
-
-    for parts in ({"whole"}, {"rows"}, {"whole", "rows"}):
-        runs = (lambda q, k: with_run(q, k, 1, 2)), (lambda q, k: (q, k, q[1:], k[1:]))
-        got, expected = (gradients_of(run, parts, create_graph=False) for run in runs)
-        torch.testing.assert_close(got, expected)
-        got, expected = (
-            torch.autograd.grad(sum(g.sin().sum() for g in gradients_of(run, parts, True)), leaves)
-            for run in runs
-        )
-        torch.testing.assert_close(got, expected)
 
 
 def test_calls_are_measured_together_or_apart(monkeypatch):

@@ -116,16 +116,16 @@ class RegularizedLayer:
         batch = call.query.shape[0]
         sample = Sample.of(self.tile_fraction, batch, -(-call.q_len // self.block_q))
         query, key = query_rows, key_rows = follow_autocast(call.query, call.key)
-        rows = replace(call, query=query, key=key, value=key)
+        of_rows = {}
         if sample.rows < batch:
             first = sample.first_row(draw)
             query, key, query_rows, key_rows = with_run(query, key, first, sample.rows)
-            lengths = {
-                name: None if tensor is None else tensor.narrow(0, first, sample.rows)
+            of_rows = {
+                name: tensor.narrow(0, first, sample.rows)
                 for name in ("codes", "kv_lens", "q_lens")
-                for tensor in [getattr(call, name)]
+                if (tensor := getattr(call, name)) is not None
             }
-            rows = replace(call, query=query_rows, key=key_rows, value=key_rows, **lengths)
+        rows = replace(call, query=query_rows, key=key_rows, value=key_rows, **of_rows)
         rows, _ = valid_first(rows)
         return replace(call, query=query, key=key), Seen(rows, sample, draw, self.index)
 
