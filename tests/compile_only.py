@@ -424,6 +424,7 @@ CASES = (
     SoftCells(128, 128, dtype=torch.float16, weights=True),
     SoftCells(1024, 1024, weights=True),
     SoftCells(64, 64, dtype=torch.float32),
+    SoftCells(3, 64, dtype=torch.float32),
     SoftCells(40, 128, dtype=torch.float32, weights=True),
     SoftCells(96, 1024, dtype=torch.float32),
     SoftCells(64, 10, halfspaces=True, weights=True),
