@@ -109,6 +109,7 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {
         "dP before the exponentials": {"early": True},
         "dP after the exponentials": {"early": False},
+        "one stage": {"stages": 1},
     }
     return _others(default, changes)
 

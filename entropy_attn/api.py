@@ -223,6 +223,37 @@ def attention_with_entropy(
     return out, AttentionEntropy(**entropies, block_size=args.block_size)
 
 
+def tile_entropy(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The tile entropy of `attention_with_entropy` alone, which takes no values and no output.
+
+    Returns:
+        (B, Hq, Mq) fp32 in nats, 0 where a block of queries sees no key. Differentiable, once.
+    """
+    query, key = follow_autocast(query, key)
+    args = _validated(
+        query, key, None, block_mask, is_causal, scale, kv_lens, q_lens, window, block_size
+    )
+    choice = args.choose(backend, wants_statistics=True)
+    wants_gradient = torch.is_grad_enabled() and (args.query.requires_grad or key.requires_grad)
+    *_, tile, _ = ops.attention_forward(
+        args.query, key, None, *args.lists, *args.geometry,
+        False, False, True, wants_gradient, choice.backend,
+    )  # fmt: skip
+    return tile
+
+
 def tile_mass(
     query: Tensor,
     key: Tensor,

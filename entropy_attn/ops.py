@@ -69,10 +69,10 @@ def forward_kernel(
 
 
 def backward_kernel(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     block_size: tuple[int, int],
     window: int,
     scale: float,
@@ -106,7 +106,7 @@ def backward_kernel(
 def attention_forward(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_lens: Tensor | None,
@@ -125,7 +125,8 @@ def attention_forward(
     """out, lse, row, block and tile entropy, mass; what is not asked for is empty.
 
     mass (B, Hq, Mq, W or Mk) is what the kernels' gradient of the tile entropy reads. It takes
-    memory, so keep_mass asks for it; without it the tile entropy is not differentiable.
+    memory, so keep_mass asks for it; without it the tile entropy is not differentiable. Without
+    values there is no output, and no row and block entropy.
     """
     heads = query.shape[1]
     shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
@@ -138,11 +139,18 @@ def attention_forward(
         if tile_entropy:
             tile = reference.tile_entropy(query, key, problem)
         return *rows, tile, mass.clone()
+    nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    if value is None:
+        from entropy_attn.kernels.tile_mass import tile_mass
+
+        mass, tile, lse = tile_mass(
+            query, key, None, *lists, *geometry, keep_mass, by_slot=True, return_lse=True
+        )
+        return query.new_empty(0), lse, *nothing, tile, mass
     kernel, _ = forward_kernel(query, key, value, *geometry, entropy=row_entropy or block_entropy)
     if kernel == DECODE:
         from entropy_attn.kernels.decode import split_forward
 
-        nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
         rows = (*split_forward(query, key, value, *shared, *geometry), *nothing)
     elif kernel == HOPPER:
         from entropy_attn.kernels.hopper.forward import hopper_forward
@@ -160,7 +168,7 @@ def attention_forward(
     if tile_entropy:
         from entropy_attn.kernels.tile_mass import tile_mass
 
-        mass, tile = tile_mass(query, key, rows[1], *lists, *geometry, keep_mass, by_slot=True)
+        mass, tile, _ = tile_mass(query, key, rows[1], *lists, *geometry, keep_mass, by_slot=True)
         return *rows, tile, mass
     return *rows, tile, mass.clone()
 
@@ -175,7 +183,7 @@ def _(
     tiles = (*query.shape[:2], -(-query.shape[2] // block_q))
     width = -(-key.shape[2] // block_k) if kv_indices is None else kv_indices.shape[3]
     has_mass = tile_entropy and keep_mass and backend != "reference"
-    out = query.new_empty(query.shape)
+    out = query.new_empty((0,) if value is None else query.shape)
     lse = query.new_empty(rows, dtype=dtype)
     row = query.new_empty(rows if row_entropy else (0,), dtype=dtype)
     block = query.new_empty(rows if block_entropy else (0,), dtype=dtype)
@@ -186,14 +194,14 @@ def _(
 
 @torch.library.custom_op("entropy_attn::attention_backward", mutates_args=())
 def attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     grad_row: Tensor | None,
     grad_block: Tensor | None,
     grad_tile: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     out: Tensor,
     lse: Tensor,
     row: Tensor | None,
@@ -210,7 +218,7 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous.
+    """Gradients of query, key and value, contiguous; that of value is empty if there is none.
 
     row, block and mass are what the forward returned; each is read with its gradient only.
     """
@@ -225,11 +233,13 @@ def attention_backward(
     from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
 
-    terms = cross = None
+    terms = cross = statistics = None
     if grad_tile is not None:
         from entropy_attn.kernels.tile_mass import tile_gradient
 
-        terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry)
+        alone = all(grad is None for grad in (grad_out, grad_lse, grad_row, grad_block))
+        terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry, alone)
+        statistics = cross if alone else None
         terms = (terms, terms)
     columns = None
     if kv_indices is not None:
@@ -241,13 +251,14 @@ def attention_backward(
         if terms is not None:
             by_row = terms[0].flatten(2)
             terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
-    statistics = row_statistics(
-        out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
-    )
-    entropy = not (grad_row is None and grad_block is None and grad_tile is None)
+    if statistics is None:
+        statistics = row_statistics(
+            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
+        )
+    of_entropies = not (grad_row is None and grad_block is None and grad_tile is None)
     kernel, _ = backward_kernel(
         grad_out, query, key, value, (block_q, block_k), window, scale,
-        has_lengths=not (kv_lens is None and q_lens is None), entropy=entropy,
+        has_lengths=not (kv_lens is None and q_lens is None), entropy=of_entropies,
     )  # fmt: skip
     if kernel == HOPPER_BACKWARD:
         from entropy_attn.kernels.hopper.backward import hopper_backward
@@ -267,17 +278,18 @@ def _(
     mass, kv_num_blocks, kv_indices, kv_lens, q_lens, block_q, block_k, is_causal, window, scale,
     backend,
 ):  # fmt: skip
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+    value_shape = (0,) if value is None else value.shape
+    return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(value_shape)
 
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, *lists = inputs[:7]
     out, lse, row, block, tile, mass = output
     row_entropy, block_entropy, tile_entropy, keep_mass = inputs[12:16]
-    kept = (row_entropy, block_entropy, tile_entropy and keep_mass, False)
+    kept = (value is not None, row_entropy, block_entropy, tile_entropy and keep_mass, False)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(
-        *[t for t, keep in zip((row, block, tile, mass), kept, strict=True) if not keep]
+        *[t for t, keep in zip((out, row, block, tile, mass), kept, strict=True) if not keep]
     )
     ctx.save_for_backward(query, key, value, out, lse, row, block, mass, *lists)
     ctx.geometry = inputs[7:12]
@@ -285,15 +297,15 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, *grads):
-    query, key, value, out, *saved = ctx.saved_tensors
+    query, key, value, *saved = ctx.saved_tensors
     found: tuple[Tensor | None, ...] = (None, None, None)
     grads = grads[:4]  # of lse and of row, block and tile entropy
     if grad_out is not None or any(grad is not None for grad in grads):
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
         found = attention_backward(
-            grad_out, *grads, query, key, value, out, *saved, *ctx.geometry, ctx.backend
+            grad_out, *grads, query, key, value, *saved, *ctx.geometry, ctx.backend
         )
+        if value is None:
+            found = (*found[:2], None)
     return (*found, *[None] * 14)
 
 
@@ -326,7 +338,7 @@ def tile_mass(
         return mass if return_mass else mass.new_zeros(0), reference.entropy(mass).clamp(min=0)
     from entropy_attn.kernels.tile_mass import tile_mass as launch
 
-    return launch(query, key, lse, *lists, *geometry, return_mass)
+    return launch(query, key, lse, *lists, *geometry, return_mass)[:2]
 
 
 @tile_mass.register_fake

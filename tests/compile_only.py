@@ -157,6 +157,7 @@ class Attention:
 
     Attributes:
         gradients: the entropies whose gradients the backward takes in.
+        values: without them there is the tile entropy alone.
     """
 
     head_dim: int
@@ -168,9 +169,11 @@ class Attention:
     dense: bool = False
     backward: bool = True
     gradients: tuple[str, ...] = ()
+    values: bool = True
 
     def __str__(self) -> str:
         words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
+        words += [] if self.values else ["without values"]
         flags = ("is_causal", "entropy", "lens", "dense")
         words += [name for name in flags if getattr(self, name)]
         return ", ".join(
@@ -191,15 +194,17 @@ class Attention:
             counts, indices = mask.kv_num_blocks, mask.kv_indices
         lists = (counts, indices, lens, lens)
         geometry = (self.block, self.block, self.is_causal, 0, self.head_dim**-0.5)
+        value, out = (key, query) if self.values else (None, None)
+        kinds = (self.entropy and self.values,) * 2
         *_, lse, row, block, tile, mass = ops.attention_forward(
-            query, key, key, *lists, *geometry,
-            *[self.entropy] * 3, "tile" in self.gradients, "triton",
+            query, key, value, *lists, *geometry,
+            *kinds, self.entropy, "tile" in self.gradients, "triton",
         )  # fmt: skip
         if self.backward:
             grads = {"row": row, "block": block, "tile": tile}
             grads = [grads[kind] if kind in self.gradients else None for kind in grads]
             ops.attention_backward(
-                query, None, *grads, query, key, key, query, lse, row, block, mass,
+                out, None, *grads, query, key, value, query, lse, row, block, mass,
                 *lists, *geometry, "triton",
             )  # fmt: skip
 
@@ -430,6 +435,8 @@ CASES = (
     Attention(128, 64, is_causal=True, entropy=True, gradients=("row",)),
     Attention(128, 64, is_causal=True, entropy=True, gradients=("block",)),
     Attention(128, 64, is_causal=True, entropy=True, gradients=("tile",)),
+    Attention(64, 64, is_causal=True, entropy=True, gradients=("tile",), values=False),
+    Attention(64, 32, dense=True, entropy=True, gradients=("tile",), values=False),
     Attention(128, 128, entropy=True, gradients=("row", "block", "tile")),
     Attention(64, 128, entropy=True, is_causal=True, gradients=("row", "block", "tile")),
     Attention(
@@ -458,6 +465,7 @@ CASES = (
     SoftCells(128, 128, dtype=torch.float16, weights=True),
     SoftCells(1024, 1024, weights=True),
     SoftCells(64, 64, dtype=torch.float32),
+    SoftCells(3, 64, dtype=torch.float32),
     SoftCells(40, 128, dtype=torch.float32, weights=True),
     SoftCells(96, 1024, dtype=torch.float32),
     SoftCells(64, 10, halfspaces=True, weights=True),

@@ -384,10 +384,10 @@ def _sum_descriptor(sums: Tensor) -> TensorDescriptor:
 
 
 def unsupported(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     block_size: tuple[int, int],
     scale: float,
     *,
@@ -400,6 +400,8 @@ def unsupported(
         return f"it has tiles for blocks of 128 keys and multiples of 128 queries, not {block_size}"
     if has_lengths or window > 0 or entropy:
         return "it has no lengths a batch row, no window and no gradients of entropies"
+    if grad_out is None or value is None:
+        return "there must be a gradient of the output"
     if not has_copy_engine("sm90", grad_out):
         return "the copy engine needs a gradient with strides that are multiples of 16 bytes"
     return forward.unsupported(query, key, value, block_size, scale)
