@@ -65,8 +65,9 @@ format: $(READY) ## Put the code into the format that `make lint` checks.
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: $(READY) $(DOWNLOADED) ## Measure and append to benchmarks/results (SUITE=attention for one).
-	$(CLI) bench $(SUITE)
+# What this commit has measured on this machine is left out, so that it may be cut off at any time.
+bench: $(READY) $(DOWNLOADED) ## Measure what is left, append to benchmarks/results (SUITE=attention for one).
+	$(CLI) bench $(SUITE) --resume
 
 report: $(READY) ## Fill the tables of README and docs and draw the pictures from the results.
 	$(CLI) report

@@ -1,15 +1,17 @@
 """The contestants: this package's attention and every implementation that it is compared with.
 
-Adding one is adding a `Contestant` to the table. FlexAttention only ever runs compiled: eager, it
-ignores block lists and returns dense attention.
+Adding one is adding a `Contestant` to the table; `plugins` adds those of users. FlexAttention only
+ever runs compiled: eager, it ignores block lists and returns dense attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,8 @@ class Contestant:
         package: the distribution whose version is recorded.
         refuses: (case, device) -> why it cannot run the case here, or None.
         setup: inputs -> the forward, a callable without arguments.
+        known_version: what is recorded instead of the package's.
+        deterministic: its gradients are taken under `torch.use_deterministic_algorithms`.
     """
 
     name: str
@@ -43,9 +47,13 @@ class Contestant:
     package: str
     refuses: Callable[[AttentionCase, torch.device], str | None]
     setup: Callable[[Inputs], Forward]
+    known_version: str | None = None
+    deterministic: bool = False
 
     @property
     def version(self) -> str | None:
+        if self.known_version is not None:
+            return self.known_version
         return ea.__version__ if self.package == "entropy-attn" else package_version(self.package)
 
     def forward(self, inputs: Inputs) -> Forward:
@@ -56,11 +64,30 @@ class Contestant:
         """A callable that computes the gradients of query, key and value, from a saved forward."""
         out = self.setup(inputs)()
         tensors = (inputs.query, inputs.key, inputs.value)
-        return lambda: torch.autograd.grad(out, tensors, inputs.grad_out, retain_graph=True)
+
+        def gradients() -> tuple[Tensor, ...]:
+            with deterministic_algorithms(self.deterministic):
+                return torch.autograd.grad(out, tensors, inputs.grad_out, retain_graph=True)
+
+        return gradients
 
     def call(self, inputs: Inputs) -> Callable[[], object]:
         """What the case times: the forward or the backward."""
         return getattr(self, inputs.case.direction)(inputs)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Inside, torch's setting is as wanted; memory is not filled, which is to find bugs only."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def our_backend(device: torch.device | str) -> str:
@@ -97,6 +124,10 @@ def _ours_with_entropy(inputs: Inputs) -> Forward:
 
 def _forward_only(case: AttentionCase, device: torch.device) -> str | None:
     return "entropies are a statistic of the forward" if case.direction == "backward" else None
+
+
+def _backward_only(case: AttentionCase, device: torch.device) -> str | None:
+    return "every forward is deterministic" if case.direction == "forward" else None
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Inputs], Forward]:
@@ -237,12 +268,16 @@ def _flash_attn_4_sparse_refuses(case: AttentionCase, device: torch.device) -> s
 
 OURS = "entropy-attn"
 OURS_WITH_ENTROPY = "entropy-attn + row and block entropy"
+OURS_DETERMINISTIC = "entropy-attn, deterministic"
 
 CONTESTANTS: dict[str, Contestant] = {
     c.name: c
     for c in (
         Contestant(OURS, True, "entropy-attn", _always, _ours),
         Contestant(OURS_WITH_ENTROPY, True, "entropy-attn", _forward_only, _ours_with_entropy),
+        Contestant(
+            OURS_DETERMINISTIC, True, "entropy-attn", _backward_only, _ours, deterministic=True
+        ),
         Contestant(
             "FlexAttention, block lists", True, "torch", _needs_gpu,
             lambda inputs: _flex(inputs, sparse=True),
@@ -281,3 +316,12 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
     )
 }  # fmt: skip
+
+
+def is_sparse(contestant: str, result: Mapping[str, Any]) -> bool:
+    """Whether the contestant of a record visits only the blocks of the mask.
+
+    One that was registered by a plugin, which need not be here now, says so in its record.
+    """
+    known = CONTESTANTS.get(contestant)
+    return known.sparse if known is not None else result.get("sparse", False)

@@ -19,6 +19,8 @@ class AttentionCase:
         density: share of the visible blocks that the mask keeps; 1 is dense attention.
         block: edge of the square blocks, in tokens.
         kv_heads: heads of keys and values, as many as of queries if None.
+        pattern: which blocks are kept: "banded", those next to the diagonal; "clustered", those of
+            the row's own cluster, which lie anywhere; None for random ones.
         irregular: each query block keeps its own number of blocks, uniform around the mean.
         direction: "forward" or "backward".
     """
@@ -34,6 +36,7 @@ class AttentionCase:
     irregular: bool = False
     direction: str = "forward"
     kv_heads: int | None = None
+    pattern: str | None = None
 
     def config(self) -> dict[str, Any]:
         """What is set, for records."""
@@ -52,8 +55,8 @@ class AttentionCase:
 
     def __str__(self) -> str:
         mask = "dense" if self.density == 1 else f"{self.density:g} of {self.block}-blocks"
-        irregular = " irregular" if self.irregular else ""
-        return f"{self.direction} {self.shape} {mask}{irregular}"
+        words = [self.direction, self.shape, mask, "irregular" * self.irregular, self.pattern]
+        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +122,15 @@ def random_blocks(
     count = case.num_blocks
     shape = (case.batch, case.heads, count, count)
     visible = _visible_blocks(count, case.is_causal, device)
-    score = torch.rand(shape, generator=generator, device=device).masked_fill(~visible, 2.0)
+    score = torch.rand(shape, generator=generator, device=device)
+    if case.pattern == "banded":
+        place = torch.arange(count, device=device)
+        score = (place[:, None] - place).abs() / count + score / count**2
+    elif case.pattern == "clustered":
+        clusters = max(1, round(1 / case.density))
+        cluster = torch.randint(clusters, shape[:3], generator=generator, device=device)
+        score = (score + (cluster[..., :, None] != cluster[..., None, :])) / 2
+    score = score.expand(shape).masked_fill(~visible, 2.0)
     if case.is_causal:
         score.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     share = torch.full(shape[:3], case.density, device=device)

@@ -184,7 +184,8 @@ CLAIMS = (
     ),
     Claim(
         "inference of 7B language models at sparsity 70 to 75 %", "1.48 to 1.60 x",
-        "the share of attention in prefill", lambda store: models.judge_llm(store) or NOT_YET,
+        "the share of attention in prefill; random weights",
+        lambda store: models.judge_llm(store) or NOT_YET,
     ),
     Claim(
         "perplexity at sparsity 70 to 75 %", "+0.9", "stand-in: SmolLM2-135M, 8192 tokens",

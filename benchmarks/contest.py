@@ -71,9 +71,10 @@ def contest(
         }
     for name in names:
         contestant = CONTESTANTS[name]
-        yield Outcome(contestant, results[name] | {"version": contestant.version} | (
-            {"backend": our_backend(device)} if contestant.package == "entropy-attn" else {}
-        ))  # fmt: skip
+        known = {"version": contestant.version, "sparse": contestant.sparse}
+        if contestant.package == "entropy-attn":
+            known["backend"] = our_backend(device)
+        yield Outcome(contestant, results[name] | known)
 
 
 def prepare(

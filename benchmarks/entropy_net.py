@@ -69,10 +69,11 @@ class Plan:
 
 def run(context: Context, plan: Plan | None = None) -> Iterator[Row]:
     plan = plan or Plan.of(context.form)
-    yield from _cuts(context, plan)
-    for name in plan.families:
+    if not context.is_measured({"form": context.form, "kind": "net-cut"}):
+        yield from _cuts(context, plan)
+    for name in context.left(plan.families, _shared):
         yield from _contest(context, name, family(name, plan.size), plan)
-    for name in plan.real:
+    for name in context.left(plan.real, _shared):
         try:
             points = distinct(_REAL[name]())
         except PointsNotFound as error:
@@ -81,6 +82,10 @@ def run(context: Context, plan: Plan | None = None) -> Iterator[Row]:
         else:
             yield from _contest(context, name, points, plan, is_ordered=True)
     yield from moved_points.run(context, plan.move)
+
+
+def _shared(points: str) -> dict[str, str]:
+    return {"kind": "net-order", "points": points}
 
 
 # --- cuts ---

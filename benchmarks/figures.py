@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
 from entropy_attn.benchmarks.store import Record
 
 # Dense bf16 TFLOP/s of the tensor cores by NVIDIA's data sheets (SXM boards).
@@ -29,7 +29,7 @@ def speedups(records: list[Record], head_dim: int, direction: str = "forward") -
     found: Points = {}
     for record in chosen:
         config = record.config
-        if config["density"] == 1.0 or not CONTESTANTS[config["contestant"]].sparse:
+        if config["density"] == 1.0 or not is_sparse(config["contestant"], record.result):
             continue
         name = f"{config['contestant']}, {config['block']}-blocks"
         point = (config["density"], min(dense) / record.result["median_ms"])

@@ -58,9 +58,10 @@ class HullPlan:
 
 def hull_rows(context: Context, plan: HullPlan | None = None) -> Iterator[Row]:
     plan = plan or HullPlan.of(context.form)
-    for name, n in plan.families:
+    sizes = context.left(plan.families, lambda f: {"kind": "hull", "points": f[0], "n": f[1]})
+    for name, n in sizes:
         yield from _contest(context, name, family(name, n), plan.seconds)
-    for name in plan.real:
+    for name in context.left(plan.real, lambda name: {"kind": "hull", "points": name}):
         try:
             points = REAL_HULLS[name]()
         except PointsNotFound as error:
@@ -69,7 +70,8 @@ def hull_rows(context: Context, plan: HullPlan | None = None) -> Iterator[Row]:
             yield Row(config, result, f"{name} | {error}")
             continue
         yield from _contest(context, name, points, plan.seconds)
-    for name in ("circle", "square"):
+    ordered = ("circle", "square")
+    for name in context.left(ordered, lambda name: {"kind": "hull-order", "points": name}):
         yield from _ordered(context, name, plan)
 
 

@@ -108,10 +108,13 @@ def _normalised(points: np.ndarray) -> np.ndarray:
 def run(context: Context, plan: Plan) -> Iterator[Row]:
     from entropy_attn.geometry.learned_order import one_thread
 
+    families = context.left(plan.families, lambda name: {"kind": "moved", "points": name})
+    if not families:
+        return
     context.progress("points moved by a network: training")
     with one_thread():
         movers = {weight: train(weight, plan.steps) for weight in plan.lambdas}
-        for name in plan.families:
+        for name in families:
             context.progress(f"points moved by a network, {name}")
             points = family(name, plan.size)
             config = {"form": context.form, "kind": "moved", "points": name, "n": len(points)}

@@ -1,7 +1,8 @@
 """The report: one HTML page that holds all of its pictures and needs nothing else.
 
 It shows one machine, that of the last attention records unless another is named, and the newest
-training runs; what was measured elsewhere is in the tables of docs/.
+training runs. Suites that this machine did not run are shown as they ran elsewhere last, with the
+machine's name; all that was measured elsewhere is in the tables of docs/.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from pathlib import Path
 import jinja2
 from markdown_it import MarkdownIt
 
-from entropy_attn.benchmarks import claims, figures, plots, report, report_finetune, report_vision
+from entropy_attn.benchmarks import (
+    claims,
+    figures,
+    plots,
+    report,
+    report_finetune,
+    report_models,
+    report_vision,
+)
 from entropy_attn.benchmarks.baselines import OURS
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.registry import SUITES
@@ -66,8 +75,15 @@ class Section:
         return slug(self.title)
 
 
+# Suites with a section of their own, which names the machine.
+SEPARATE = ("vit", "llm", "decode", "reorder", "train")
+
+
 class OneMachine(Store):
-    """The records of one machine; of training runs, whose outcome is no speed, the newest."""
+    """The records of one machine; of training runs, whose outcome is no speed, the newest.
+
+    So it is with separate suites that this machine did not run.
+    """
 
     def __init__(self, directory: Path, machine: str) -> None:
         super().__init__(directory)
@@ -76,7 +92,11 @@ class OneMachine(Store):
     def load(self, suite: str, **config) -> list[Record]:
         if suite in SUITES and SUITES[suite].trains:
             return Newest(self.directory).load(suite, **config)
-        return [r for r in super().load(suite, **config) if r.machine == self.machine]
+        records = super().load(suite, **config)
+        mine = [r for r in records if r.machine == self.machine]
+        if not mine and suite in SEPARATE:
+            return Newest(self.directory).load(suite, **config)
+        return mine
 
 
 def write_page(store: Store, path: Path, machine: str | None = None) -> bool:
@@ -129,9 +149,16 @@ def _cards(store: Store) -> list[Card]:
     found = []
     for record in full_records(store, "attention", contestant=OURS, density=0.25, irregular=False):
         config = record.config
-        if config["head_dim"] == 128 and config["block"] == 128 and not config["is_causal"]:
+        is_main = config["length"] in (8192, 16384) and "pattern" not in config
+        if is_main and (config["head_dim"], config["block"], config["is_causal"]) == (
+            128,
+            128,
+            False,
+        ):
             text = f"{config['direction']}, D=128, a quarter of the blocks, on visited tiles"
             found.append(Card(f"{record.result['tflops']:.0f} TFLOP/s", text))
+    for times, text in report_models.cards(store):
+        found.append(Card(times, text))
     quality = claims.judge_perplexity(store)
     if quality != claims.NOT_YET:
         found.append(Card(quality[0], "perplexity of SmolLM2, without training"))
@@ -148,8 +175,9 @@ def _cards(store: Store) -> list[Card]:
 
 
 def _sections(store: Store) -> list[Section]:
-    return [_paper(store), _speed(store), _lengths(store), _models(store), _quality(store),
-            _finetune(store), _vision(store), _entropy(store)]  # fmt: skip
+    return [_paper(store), _models(store), _speed(store), _lengths(store), _decode(store),
+            _reorder(store), _quality(store), _finetune(store), _vision(store),
+            _entropy(store), _training(store)]  # fmt: skip
 
 
 def _paper(store: Store) -> Section:
@@ -218,12 +246,53 @@ def _lengths(store: Store) -> Section:
 def _models(store: Store) -> Section:
     section = Section(
         "Whole models",
-        "End to end, selection included. The row without attention is the limit of any attention.",
+        "End to end, selection included. The row without attention is the limit of any attention: "
+        "where attention is a small part of the time, as in images below 1024 pixels and short "
+        "prompts, little can be gained, and the package runs dense by itself.",
         "entropy-attn bench vit; entropy-attn bench llm",
     )
+    for machine, panels in report_models.panels(store).items():
+        draw = partial(
+            plots.up_to_a_limit, panels, report_models.LEFT_OUT, report_models.YLABEL, machine
+        )
+        caption = "Prefill of one prompt, and images; what no attention at all would give, dashed."
+        section.figures.append(Figure(svg_of(draw), caption))
+    section.tables += _table(store, "models-headline", "Over FlashAttention, and the limit")
     section.tables += _table(store, "vit", "ViT-B/16")
     section.tables += _table(store, "llm", "Prefill of language models")
-    section.tables += _table(store, "llm_decoding", "Decoding of language models")
+    section.tables += _table(store, "llm-decoding", "Decoding of language models")
+    return section
+
+
+def _decode(store: Store) -> Section:
+    section = Section(
+        "Decoding",
+        "One token a sequence against a long cache, as a share of the bandwidth of a copy. Where "
+        "every key is read, SDPA is faster; time is saved by the blocks that are left out.",
+        "entropy-attn bench decode",
+    )
+    section.tables += _table(store, "decode", "All caches")
+    return section
+
+
+def _reorder(store: Store) -> Section:
+    section = Section(
+        "Sorting tokens",
+        "What sorting the tokens of a bidirectional model costs, and how many blocks it saves.",
+        "entropy-attn bench reorder",
+    )
+    section.tables += _table(store, "reordering", "Time")
+    section.tables += _table(store, "reordering-density", "Blocks that hold 95 % of the mass")
+    return section
+
+
+def _training(store: Store) -> Section:
+    section = Section(
+        "Training for low entropy",
+        "Whole steps with the regularizer, relative to steps without it.",
+        "entropy-attn bench train",
+    )
+    section.tables += _table(store, "training", "What the regularizer adds to a step")
     return section
 
 
@@ -296,5 +365,4 @@ def _entropy(store: Store) -> Section:
         draw = partial(plots.roofline, points, peak, max(copies), "this package's kernels")
         section.figures.append(Figure(svg_of(draw), "Each point is a case of the tables."))
     section.tables += _table(store, "soft-entropy", "Range-partition entropy")
-    section.tables += _table(store, "training", "What the regularizer adds to a step")
     return section

@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -325,6 +325,56 @@ def scaling(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path:
         axes.set_ylabel("milliseconds, selection included")
         axes.set_title(title, loc="left")
         axes.legend(fontsize=8.5)
+        save(figure, path)
+
+
+def up_to_a_limit(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    limit: str,
+    ylabel: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Gains against size, a panel each, below the curve of what can be gained at most.
+
+    Args:
+        panels: by the label of the abscissa, (size, times) of each curve by name.
+        limit: the name of the curve that bounds the others, dashed.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    names.sort(key=lambda name: name == limit)
+    with plt.rc_context(STYLE):
+        figure, row = plt.subplots(
+            1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", squeeze=False
+        )
+        for axes, (label, curves) in zip(row[0], panels.items(), strict=True):
+            for name in (name for name in names if name in curves):
+                xs, ys = zip(*sorted(curves[name]), strict=True)
+                if name == limit:
+                    axes.plot(xs, ys, color="black", linestyle="--", linewidth=1.2)
+                    axes.fill_between(xs, ys, max(ys) * 1.05, color="#999999", alpha=0.15, lw=0)
+                else:
+                    axes.plot(xs, ys, **cycled(names.index(name)))
+                axes.annotate(
+                    f"{ys[-1]:.2f}", (xs[-1], ys[-1]), textcoords="offset points", xytext=(6, -3),
+                    fontsize=8,
+                )  # fmt: skip
+            axes.axhline(1.0, color="black", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+            axes.set_xlabel(label)
+        row[0, 0].set_ylabel(ylabel)
+        handles = [
+            Line2D([], [], color="black", linestyle="--", label=f"{name}: the limit")
+            if name == limit
+            else Line2D([], [], label=name, **cycled(names.index(name)))
+            for name in names
+        ]
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.legend(handles=handles, ncols=len(handles), fontsize=9, loc="outside lower center")
         save(figure, path)
 
 

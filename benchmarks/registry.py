@@ -7,13 +7,15 @@ is adding its module and a line here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Context:
         progress: called with a short text before each step.
         share: of the runs, in suites whose runs are shared between processes.
         measures_cpu: the suite measures the CPU, which has no small form then.
+        is_measured: whether a part of a record's config is to be left out, as it was measured.
     """
 
     device: torch.device
@@ -55,6 +58,7 @@ class Context:
     progress: Callable[[str], None] = field(default=lambda text: None)
     share: Share = Share()
     measures_cpu: bool = False
+    is_measured: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
 
     @property
     def on_gpu(self) -> bool:
@@ -66,6 +70,26 @@ class Context:
         if not self.on_gpu and not self.measures_cpu:
             return "small"
         return "quick" if self.quick else "full"
+
+    def left(
+        self,
+        cases: Iterable[Case],
+        config_of: Callable[[Case], dict[str, Any]] = asdict,
+        contestants: Iterable[str] = (),
+    ) -> list[Case]:
+        """The cases that are to be run: all but those that were measured.
+
+        Args:
+            config_of: what the records of a case share in their configs, besides the form.
+            contestants: whose records a case that was measured has, each.
+        """
+        names = [{"contestant": name} for name in contestants] or [{}]
+
+        def is_left(case: Case) -> bool:
+            shared = {"form": self.form, **config_of(case)}
+            return not all(self.is_measured({**shared, **name}) for name in names)
+
+        return [case for case in cases if is_left(case)]
 
 
 def short(choice: Any) -> str:

@@ -19,7 +19,7 @@ from entropy_attn.benchmarks import (
     report_models,
     report_vision,
 )
-from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.tables import (
@@ -71,9 +71,13 @@ def case_name(config: dict) -> str:
         words.append("dense")
     else:
         words.append(f"{config['density']:g} of {config['block']}-blocks")
-    if config["irregular"]:
-        words.append("irregular")
+    words += ["irregular"] * config["irregular"] + [config.get("pattern")] * ("pattern" in config)
     return ", ".join(words)
+
+
+def of_one_length(records: list[Record]) -> list[Record]:
+    """Records of ``attention`` of the length of the first record, which its main cases have."""
+    return [r for r in records if r.config["length"] == records[0].config["length"]]
 
 
 def cases_of(records: list[Record]) -> dict[str, dict[str, Record]]:
@@ -87,6 +91,7 @@ def cases_of(records: list[Record]) -> dict[str, dict[str, Record]]:
 
 def _attention(direction: str) -> Callable[[Store], str]:
     def table(records: list[Record]) -> str:
+        records = of_one_length(records)
         cases = cases_of(records)
         names = list(dict.fromkeys(name for case in cases.values() for name in case))
         names = [name for name in names if name != OURS_WITH_ENTROPY]
@@ -113,10 +118,32 @@ def _attention(direction: str) -> Callable[[Store], str]:
     return lambda store: per_machine(store, "attention", table, direction=direction)
 
 
+def _attention_lengths(direction: str) -> Callable[[Store], str]:
+    def table(records: list[Record]) -> str:
+        main = records[0].config["length"]
+        others = [r for r in records if r.config["length"] != main]
+        if not others:
+            return EMPTY
+        found: dict[tuple[int, str], dict[str, str]] = {}
+        for r in sorted(others, key=lambda r: r.config["length"]):
+            cells = found.setdefault((r.config["length"], case_name(r.config)), {})
+            speed, time = r.result["tflops"], r.result["median_ms"]
+            cells[r.config["contestant"]] = f"{speed:.0f} ({time:.3g} ms)"
+        names = list(dict.fromkeys(name for cells in found.values() for name in cells))
+        names = [name for name in names if name != OURS_WITH_ENTROPY]
+        rows = [
+            [str(n), case, *(cells.get(name, "–") for name in names)]
+            for (n, case), cells in found.items()
+        ]
+        return markdown(["N", "case", *names], rows)
+
+    return lambda store: per_machine(store, "attention", table, direction=direction)
+
+
 def _entropy_overhead(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = []
-        for title, case in cases_of(records).items():
+        for title, case in cases_of(of_one_length(records)).items():
             if OURS in case and OURS_WITH_ENTROPY in case:
                 plain, both = (case[n].result["median_ms"] for n in (OURS, OURS_WITH_ENTROPY))
                 rows.append([title, f"{plain:.2f}", f"{both:.2f}", f"{both / plain - 1:+.1%}"])
@@ -312,6 +339,8 @@ def _soft_entropy(store: Store) -> str:
 TABLES: dict[str, Callable[[Store], str]] = {
     "attention-forward": _attention("forward"),
     "attention-backward": _attention("backward"),
+    "attention-forward-lengths": _attention_lengths("forward"),
+    "attention-backward-lengths": _attention_lengths("backward"),
     "entropy-overhead": _entropy_overhead,
     "selection": _selection,
     "reordering": _reordering,
@@ -338,9 +367,9 @@ def visited_speed(records: list[Record]) -> dict[str, dict[str, float]]:
         title: {
             name: r.result["tflops"]
             for name, r in case.items()
-            if name != OURS_WITH_ENTROPY and (CONTESTANTS[name].sparse or r.config["density"] == 1)
+            if name != OURS_WITH_ENTROPY and (is_sparse(name, r.result) or r.config["density"] == 1)
         }
-        for title, case in cases_of(records).items()
+        for title, case in cases_of(of_one_length(records)).items()
     }
 
 
@@ -385,6 +414,6 @@ def draw(store: Store, folder: Path) -> list[Path]:
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
     geometry = (report_geometry, report_hulls, report_entropy_net)
-    for part in (report_finetune, report_vision, *geometry):
+    for part in (report_models, report_finetune, report_vision, *geometry):
         drawn += part.draw(store, folder)
     return drawn

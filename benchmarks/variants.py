@@ -1,7 +1,12 @@
-"""Configurations of a forward kernel beside its default, for those who tune it.
+"""Configurations of a kernel beside its default, for those who tune it.
 
     python -m entropy_attn.benchmarks.variants hopper --head-dim 64 --density 0.1
     python -m entropy_attn.benchmarks.variants portable --block 64
+    python -m entropy_attn.benchmarks.variants hopper-entropy
+    python -m entropy_attn.benchmarks.variants hopper-backward --length 8192
+
+With "-entropy" the kernel computes row and block entropy as well; what is checked is its output.
+Of a backward the statistics of rows and the transposed lists are not timed.
 
 Every configuration is checked against the reference, then all are timed in turns. Nothing is
 stored: a default that should be another one is changed in the kernel's file and measured by the
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import Annotated, Any
 
 import torch
@@ -20,23 +26,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from entropy_attn.api import block_sparse_attention
 from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
 from entropy_attn.benchmarks.check import expected
 from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.timing import measure
+from entropy_attn.block_lists import column_lists
 from entropy_attn.kernels.launch import architecture, has_copy_engine
 
-Forward = Callable[[Inputs, Any], Tensor]
+# What is checked: an output, or the gradients of query, key and value.
+Kernel = Callable[[Inputs, Any], Tensor | tuple[Tensor, ...]]
 DEFAULT = "default"
 
 
-def hopper(inputs: Inputs, config: Any) -> Tensor:
+def hopper(inputs: Inputs, config: Any, entropy: bool = False) -> Tensor:
     from entropy_attn.kernels.hopper.forward import hopper_forward
 
     case, mask = inputs.case, inputs.mask
     return hopper_forward(
         inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices,
         mask.block_size, case.is_causal, case.head_dim**-0.5, config,
+        row_entropy=entropy, block_entropy=entropy,
     )[0]  # fmt: skip
 
 
@@ -64,24 +74,64 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
     return _others(default, changes)
 
 
-def portable(inputs: Inputs, config: Any) -> Tensor:
+@cache
+def _before_the_backward(inputs: Inputs) -> tuple[Tensor, Any]:
+    """The statistics of each row, and the transposed lists."""
+    from entropy_attn.kernels.backward_statistics import row_statistics
+
+    case, mask = inputs.case, inputs.mask
+    with torch.no_grad():
+        out, lse = block_sparse_attention(
+            inputs.query, inputs.key, inputs.value, mask, is_causal=case.is_causal,
+            return_lse=True, backend="triton",
+        )  # fmt: skip
+        statistics = row_statistics(
+            out, inputs.grad_out, lse, *[None] * 6, mask.block_size[0], case.head_dim**-0.5
+        )
+    return statistics, column_lists(mask.kv_num_blocks, mask.kv_indices, case.num_blocks)
+
+
+def hopper_backward(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
+    from entropy_attn.kernels.hopper import backward
+
+    case = inputs.case
+    tensors = (inputs.grad_out, inputs.query, inputs.key, inputs.value)
+    return backward.hopper_backward(
+        *tensors, *_before_the_backward(inputs), inputs.mask.block_size, case.is_causal,
+        case.head_dim**-0.5, config,
+    )  # fmt: skip
+
+
+def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
+    from entropy_attn.kernels.hopper.backward import hopper_backward_config
+
+    default = hopper_backward_config(inputs.case.head_dim)
+    changes: dict[str, dict[str, Any]] = {
+        "dP before the exponentials": {"early": True},
+        "dP after the exponentials": {"early": False},
+        "one stage": {"stages": 1},
+    }
+    return _others(default, changes)
+
+
+def portable(inputs: Inputs, config: Any, entropy: bool = False) -> Tensor:
     from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 
     case, mask = inputs.case, inputs.mask
     return block_sparse_forward(
         inputs.query, inputs.key, inputs.value, mask.kv_num_blocks, mask.kv_indices, None, None,
-        mask.block_size, case.is_causal, 0, case.head_dim**-0.5, False, False, config,
+        mask.block_size, case.is_causal, 0, case.head_dim**-0.5, entropy, entropy, config,
     )[0]  # fmt: skip
 
 
-def portable_variants(inputs: Inputs) -> dict[str, Any]:
+def portable_variants(inputs: Inputs, entropy: bool = False) -> dict[str, Any]:
     """The default and its neighbours in tile sizes, warps and stages."""
     from entropy_attn.kernels.block_sparse_forward import forward_config
 
     arch, block = architecture(inputs.device), inputs.mask.block_size
     default = forward_config(
         arch, inputs.case.head_dim, inputs.query.element_size(), block, inputs.case.is_causal,
-        copy_engine=has_copy_engine(arch, inputs.key, inputs.value),
+        entropy, copy_engine=has_copy_engine(arch, inputs.key, inputs.value),
     )  # fmt: skip
     changes: dict[str, dict[str, Any]] = {
         f"{name} {value}": {name: value}
@@ -107,15 +157,21 @@ def _others(default: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return found
 
 
-KERNELS: dict[str, tuple[Forward, Callable[[Inputs], dict[str, Any]]]] = {
+KERNELS: dict[str, tuple[Kernel, Callable[[Inputs], dict[str, Any]]]] = {
     "hopper": (hopper, hopper_variants),
+    "hopper-entropy": (partial(hopper, entropy=True), hopper_variants),
+    "hopper-backward": (hopper_backward, hopper_backward_variants),
     "portable": (portable, portable_variants),
+    "portable-entropy": (
+        partial(portable, entropy=True),
+        partial(portable_variants, entropy=True),
+    ),
 }
 
 
 def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: float) -> Table:
     """A table of all configurations of a kernel on a case, the fastest first."""
-    forward, variants = KERNELS[kernel]
+    run, variants = KERNELS[kernel]
     inputs = make_inputs(case, device, 0)
     reference = expected(inputs, sparse=True)
     calls: dict[str, list[Callable[[], object]]] = {}
@@ -126,11 +182,12 @@ def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: flo
     failed: list[tuple[str, str]] = []
     for name, config in configs.items():
         try:
-            wrong = reference.verdict((forward(inputs, config),))
+            found = run(inputs, config)
+            wrong = reference.verdict(found if isinstance(found, tuple) else (found,))
         except Exception as error:  # one that does not compile or fit is a finding
             wrong = first_line(error)
         if wrong is None:
-            calls[name] = [lambda config=config: forward(inputs, config)]
+            calls[name] = [lambda config=config: run(inputs, config)]
         else:
             failed.append((name, wrong))
     timings = measure(calls, seconds=seconds, device=device) if calls else {}
@@ -158,8 +215,10 @@ def main(
         raise typer.BadParameter(f"{kernel!r} is not one of {', '.join(KERNELS)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("configurations are timed on a GPU, and there is none")
+    direction = "backward" if kernel.endswith("backward") else "forward"
     case = AttentionCase(
-        head_dim, length, density, block, is_causal=causal, irregular=irregular
+        head_dim, length, density, block, is_causal=causal, irregular=irregular,
+        direction=direction,
     )  # fmt: skip
     Console().print(compare(kernel, case, torch.device("cuda"), seconds))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ from entropy_attn.benchmarks.baselines import our_backend
 from entropy_attn.benchmarks.contest import first_line
 from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.model import shared_copy
+from entropy_attn.benchmarks.plugins import REGISTERED, Baseline
 from entropy_attn.benchmarks.registry import Row
 from entropy_attn.benchmarks.timing import measure, peak_bytes
+from entropy_attn.benchmarks.timm_attention import set_attention
 from entropy_attn.integrations.statistics import SPARSE
 from entropy_attn.testing import assert_close_to_reference
 
@@ -37,14 +40,15 @@ Forward = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Attention:
-    """What a contestant does to a model of transformers.
+    """What a contestant does to a model of transformers or timm.
 
     Attributes:
         name: in tables and records.
-        implementation: of transformers' registry.
+        implementation: of transformers' registry; timm has "sdpa", "eager" and "left_out" of them.
         kernel: that SDPA may use; None for what it chooses.
         sparsity: of `ea.apply`, None for dense attention.
-        compiled: by torch.compile, the whole model.
+        compiled: by torch.compile, the whole model in one graph.
+        version: of a registered baseline.
         captured: as a CUDA graph, the whole forward pass; the inputs must stay where they are.
     """
 
@@ -53,6 +57,7 @@ class Attention:
     kernel: SDPBackend | None = None
     sparsity: ea.SparsityConfig | None = None
     compiled: bool = False
+    version: str | None = None
     captured: bool = False
 
     @property
@@ -84,12 +89,41 @@ def ours_decoding(keep: float, **options: Any) -> Attention:
     return Attention(OURS, sparsity=ea.SparsityConfig(decode=decode))
 
 
+def registered() -> tuple[Attention, ...]:
+    """The dense baselines of plugins, for models of transformers."""
+    from transformers import AttentionInterface
+
+    found = []
+    for baseline in REGISTERED.values():
+        if not baseline.sparse:  # a model has no mask for the others
+            name = "baseline_" + re.sub(r"\W", "_", baseline.name)
+            AttentionInterface.register(name, _adapted(baseline))
+            found.append(Attention(baseline.name, name, version=baseline.version))
+    return tuple(found)
+
+
+def _adapted(baseline: Baseline) -> Callable[..., tuple[Tensor, None]]:
+    """A registered baseline as transformers calls attention."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            raise ValueError(f"baseline {baseline.name!r} takes no mask, and the model passes one")
+        is_causal = module.is_causal and query.shape[2] > 1
+        out = baseline.attention(query, key, value, is_causal=is_causal)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
 def _left_out(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     """Each query gets the value at its own place, which is among the last."""
     group, value = query.shape[1] // value.shape[1], value[:, :, -query.shape[2] :]
-    return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous(), None
+    value = value if group == 1 else value.repeat_interleave(group, dim=1)
+    return value.transpose(1, 2).contiguous(), None
 
 
 def _all_blocks(
@@ -112,6 +146,7 @@ class Prepared:
 
     Attributes:
         handle: of `ea.apply`, None for other contestants.
+        compiled: the model in one graph, None if it is not compiled.
     """
 
     attention: Attention
@@ -120,24 +155,30 @@ class Prepared:
     compiled: Any = None
 
     def call(self, inputs: Mapping[str, Any], output: str) -> Tensor:
-        """The named output of the model."""
+        """The named output of the model; what a model of timm returns has no name."""
         kernel = self.attention.kernel
         where = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
         model = self.model if self.compiled is None else self.compiled
         with torch.inference_mode(), where:
-            return getattr(model(**inputs), output)
+            found = model(**inputs)
+        return found if isinstance(found, Tensor) else getattr(found, output)
 
 
 def prepare(attention: Attention, model: nn.Module) -> Prepared:
     """A copy of the model, its weights shared, that attends in this way."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("left_out", _left_out)
-    AttentionInterface.register("all_blocks", _all_blocks)
     copied = shared_copy(model)
-    copied.set_attn_implementation(attention.implementation)
+    if hasattr(copied, "set_attn_implementation"):
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("left_out", _left_out)
+        AttentionInterface.register("all_blocks", _all_blocks)
+        copied.set_attn_implementation(attention.implementation)
+    else:
+        set_attention(copied, attention.implementation)
     handle = None if attention.sparsity is None else ea.apply(copied, attention.sparsity)
-    compiled = torch.compile(copied, dynamic=False) if attention.compiled else None
+    compiled = None
+    if attention.compiled:  # at a graph break this raises
+        compiled = torch.compile(copied, dynamic=False, fullgraph=True)
     return Prepared(attention, copied, handle, compiled)
 
 
@@ -160,6 +201,7 @@ def contest(
         output: of the model, that is compared.
         options: of the model's forward, besides the inputs.
     """
+    torch._dynamo.reset()  # all graphs of a model count towards one limit
     device = next(model.parameters()).device
     inputs, few = ({**each, **(options or {})} for each in (inputs, few))
     check = Check(model, few, output)
@@ -188,6 +230,10 @@ def contest(
     clock = sm_clock_mhz()
     for attention in attentions:
         result = results[attention.name]
+        if attention.version is not None:
+            result["version"] = attention.version
+        if attention.compiled and result["status"] == "ok":
+            result["graph_breaks"] = 0  # a model that has some fails
         if attention.name in timings:
             result |= timings[attention.name].as_dict() | {"sm_clock_mhz": clock}
             if FLASH in timings:
@@ -252,14 +298,15 @@ def _what_ran(prepared: Prepared) -> dict[str, Any]:
         dense += traced
     return {
         "sparse_calls": sparse / (sparse + dense.total()),
-        "density": statistics.density if statistics.decoded == 0 else statistics.decode_density,
+        "density": statistics.decode_density if statistics.decoded else statistics.density,
         "why_dense": next(iter(dense), None),
     }
 
 
 def cut(model: nn.Module, count: int) -> None:
     """Leave the model its first layers."""
-    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    lists = (m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)))
+    layers = max(lists, key=len)
     del layers[count:]
 
 
@@ -300,7 +347,6 @@ class Check:
                 budget=ea.TopK(1.0), min_length=0, min_queries=1, decode=decode
             )
             attention = replace(attention, sparsity=whole)
-        attention = replace(attention, compiled=False, captured=False)
         actual = prepare(attention, self.model).call(self.few, self.output)
         try:
             assert_close_to_reference(actual, self.plain, self.exact, self.output)

@@ -97,8 +97,8 @@ def _validated(
 ) -> _Arguments:
     check.check_qkv(query, key, value)
     scale = check.check_scale(scale, query.shape[3])
-    check.check_lens("kv_lens", kv_lens, query)
-    check.check_lens("q_lens", q_lens, query)
+    kv_lens = check.check_lens("kv_lens", kv_lens, query)
+    q_lens = check.check_lens("q_lens", q_lens, query)
     if block_mask is not None or needs_mask:
         check.check_block_mask(block_mask, query, key)
         if block_size is not None and check.check_block_size(block_size) != block_mask.block_size:
@@ -223,6 +223,37 @@ def attention_with_entropy(
     return out, AttentionEntropy(**entropies, block_size=args.block_size)
 
 
+def tile_entropy(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The tile entropy of `attention_with_entropy` alone, which takes no values and no output.
+
+    Returns:
+        (B, Hq, Mq) fp32 in nats, 0 where a block of queries sees no key. Differentiable, once.
+    """
+    query, key = follow_autocast(query, key)
+    args = _validated(
+        query, key, None, block_mask, is_causal, scale, kv_lens, q_lens, window, block_size
+    )
+    choice = args.choose(backend, wants_statistics=True)
+    wants_gradient = torch.is_grad_enabled() and (args.query.requires_grad or key.requires_grad)
+    *_, tile, _ = ops.attention_forward(
+        args.query, key, None, *args.lists, *args.geometry,
+        False, False, True, wants_gradient, choice.backend,
+    )  # fmt: skip
+    return tile
+
+
 def tile_mass(
     query: Tensor,
     key: Tensor,
@@ -308,9 +339,8 @@ def explain(
     choice = args.choose(backend, wants_statistics=return_lse)
     if choice.backend == "triton":
         kernel, why = ops.forward_kernel(
-            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale,
-            kv_lens=kv_lens, q_lens=q_lens,
-        )  # fmt: skip
+            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale
+        )
         choice = replace(choice, reason=f"{choice.reason}; kernels/{kernel}.py: {why}")
     if backend != "auto" or choice.backend != "triton" or args.keeps_all:
         return choice

@@ -65,13 +65,25 @@ def bench(
         str | None,
         typer.Option(help="A commit in the store to compare with; fails where we are slower."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out what this commit has measured on this machine."),
+    ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A Python file that registers baselines of yours.", exists=True, dir_okay=False
+        ),
+    ] = None,
 ) -> None:
     """Run a suite of measurements and append its records to the result store.
 
     Without a GPU a small form runs that checks the suite rather than measures the kernels. Suites
-    of training runs go on where they were cut off; several processes can share their runs.
+    of training runs always go on where they were cut off, others with --resume; several processes
+    can share training runs.
     """
     from entropy_attn.benchmarks.registry import SUITES, Share
+    from entropy_attn.benchmarks.resume import why_not
     from entropy_attn.benchmarks.store import Store
 
     try:
@@ -90,9 +102,13 @@ def bench(
     if part != Share() and not all(SUITES[name].trains for name in names):
         able = ", ".join(each.name for each in SUITES.values() if each.trains)
         raise typer.BadParameter(f"--share is for the suites {able}; others measure speed")
+    for path in plugin or []:
+        console.print(f"{path}: {', '.join(_load_plugin(path))}", markup=False, highlight=False)
+    if resume and why_not() is not None:
+        console.print(f"[yellow]--resume leaves nothing out: {why_not()}[/]")
     before = [r for name in names for r in store.load(name)] if against is not None else []
     old = [] if against is None else _chosen(before, against)
-    failures = sum(_run_suite(name, quick, store, part) for name in names)
+    failures = sum(_run_suite(name, quick, store, part, resume) for name in names)
     console.print(f"records: {store.directory}")
     if against is not None:
         known = Counter(r.suite for r in before)
@@ -183,6 +199,15 @@ def report(
         console.print(f"{points} points in {data}")
 
 
+def _load_plugin(path: Path) -> list[str]:
+    from entropy_attn.benchmarks.plugins import load_plugin
+
+    try:
+        return load_plugin(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--plugin") from error
+
+
 def _chosen(records: list, which: str) -> list:
     from entropy_attn.benchmarks.compare import choose
 
@@ -214,25 +239,32 @@ def _show_changes(old: list, new: list) -> int:
     return sum(change.is_ours and change.verdict == "worse" for change in changes)
 
 
-def _run_suite(name: str, quick: bool, store, share) -> int:
+def _run_suite(name: str, quick: bool, store, share, resume: bool) -> int:
     """Run one suite; returns how many measurements of this package are wrong or failed."""
+    from entropy_attn.benchmarks.model import ModelNotFound
     from entropy_attn.benchmarks.registry import SUITES, Context
+    from entropy_attn.benchmarks.resume import measured
     from entropy_attn.benchmarks.store import Record
 
     failures = 0
     with _progress() as progress:
         cpu = SUITES[name].measures_cpu
-        context = Context(_device(), quick, store.directory, progress, share, cpu)
+        done = {"is_measured": measured(store, name)} if resume else {}
+        context = Context(_device(), quick, store.directory, progress, share, cpu, **done)
         if context.form == "small":
             console.print(f"[yellow]{name}: no GPU, so this is the small form[/]")
-        for row in SUITES[name].run(context):
-            status = row.result["status"]
-            # An absent contestant is no measurement and must not hide an older one.
-            if status != "unavailable":
-                store.append(Record(name, row.config, row.result))
-            failures += row.is_ours and status in ("wrong", "failed")
-            colour = {"ok": "default", "unavailable": "dim"}.get(status, "red")
-            console.print(f"[{colour}]{escape(row.text)}[/]", highlight=False)
+        try:
+            for row in SUITES[name].run(context):
+                status = row.result["status"]
+                # An absent contestant is no measurement and must not hide an older one.
+                if status != "unavailable":
+                    store.append(Record(name, row.config, row.result))
+                failures += row.is_ours and status in ("wrong", "failed")
+                colour = {"ok": "default", "unavailable": "dim"}.get(status, "red")
+                console.print(f"[{colour}]{escape(row.text)}[/]", highlight=False)
+        except (ImportError, ModelNotFound) as error:  # of "all", the other suites can still run
+            console.print(f"[red]{name} needs more than is here: {escape(str(error))}[/]")
+            failures += 1
     return failures
 
 

@@ -16,8 +16,11 @@ from entropy_attn.reference import attention as reference
 
 # The forward kernels of the Triton backend.
 PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
+# The backward kernels of the Triton backend.
+PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # Pairs of queries and keys of all heads, below which a launch weighs more than a faster kernel.
 SMALL = 2**31
+SMALL_BACKWARD = 2**29
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,8 +44,6 @@ def forward_kernel(
     window: int,
     scale: float,
     *,
-    kv_lens: Tensor | None = None,
-    q_lens: Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[str, str]:
     """Which of the Triton backend's forward kernels runs a call, and why. Waits for nothing."""
@@ -58,10 +59,7 @@ def forward_kernel(
     if problem is None:
         from entropy_attn.kernels.hopper.forward import unsupported
 
-        problem = unsupported(
-            query, key, value, block_size, scale, kv_lens=kv_lens, q_lens=q_lens, window=window,
-            entropy=entropy,
-        )  # fmt: skip
+        problem = unsupported(query, key, value, block_size, scale, window=window)
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
@@ -70,11 +68,45 @@ def forward_kernel(
     return HOPPER, "tensor memory accelerator, warp specialisation"
 
 
+def backward_kernel(
+    grad_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    block_size: tuple[int, int],
+    window: int,
+    scale: float,
+    *,
+    has_lengths: bool = False,
+    entropy: bool = False,
+) -> tuple[str, str]:
+    """Which of the Triton backend's backward kernels runs a call, and why. Waits for nothing."""
+    from entropy_attn.kernels.launch import architecture, other_gluon
+
+    if architecture(query.device) != "sm90":
+        return PORTABLE_BACKWARD, "it runs on every GPU"
+    if torch.are_deterministic_algorithms_enabled():
+        return PORTABLE_BACKWARD, "torch.use_deterministic_algorithms is set"
+    problem = other_gluon()
+    if problem is None:
+        from entropy_attn.kernels.hopper.backward import unsupported
+
+        problem = unsupported(
+            grad_out, query, key, value, block_size, scale, has_lengths=has_lengths,
+            window=window, entropy=entropy,
+        )  # fmt: skip
+    if problem is not None:
+        return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
+    if query.shape[:3].numel() * key.shape[2] < SMALL_BACKWARD:
+        return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
+    return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
+
+
 @torch.library.custom_op("entropy_attn::attention_forward", mutates_args=())
 def attention_forward(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     kv_num_blocks: Tensor | None,
     kv_indices: Tensor | None,
     kv_lens: Tensor | None,
@@ -93,7 +125,8 @@ def attention_forward(
     """out, lse, row, block and tile entropy, mass; what is not asked for is empty.
 
     mass (B, Hq, Mq, W or Mk) is what the kernels' gradient of the tile entropy reads. It takes
-    memory, so keep_mass asks for it; without it the tile entropy is not differentiable.
+    memory, so keep_mass asks for it; without it the tile entropy is not differentiable. Without
+    values there is no output, and no row and block entropy.
     """
     heads = query.shape[1]
     shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
@@ -106,11 +139,15 @@ def attention_forward(
         if tile_entropy:
             tile = reference.tile_entropy(query, key, problem)
         return *rows, tile, mass.clone()
-    kernel, _ = forward_kernel(
-        query, key, value, *geometry, kv_lens=kv_lens, q_lens=q_lens,
-        entropy=row_entropy or block_entropy,
-    )  # fmt: skip
     nothing = [query.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    if value is None:
+        from entropy_attn.kernels.tile_mass import tile_mass
+
+        mass, tile, lse = tile_mass(
+            query, key, None, *lists, *geometry, keep_mass, by_slot=True, return_lse=True
+        )
+        return query.new_empty(0), lse, *nothing, tile, mass
+    kernel, _ = forward_kernel(query, key, value, *geometry, entropy=row_entropy or block_entropy)
     if kernel == DECODE:
         from entropy_attn.kernels.decode import split_forward
 
@@ -118,8 +155,10 @@ def attention_forward(
     elif kernel == HOPPER:
         from entropy_attn.kernels.hopper.forward import hopper_forward
 
-        found = hopper_forward(query, key, value, *lists[:2], geometry[0], is_causal, scale)
-        rows = (*found, *nothing)
+        rows = hopper_forward(
+            query, key, value, *lists[:2], geometry[0], is_causal, scale,
+            kv_lens=kv_lens, q_lens=q_lens, row_entropy=row_entropy, block_entropy=block_entropy,
+        )  # fmt: skip
     else:
         from entropy_attn.kernels.block_sparse_forward import block_sparse_forward
 
@@ -129,7 +168,7 @@ def attention_forward(
     if tile_entropy:
         from entropy_attn.kernels.tile_mass import tile_mass
 
-        mass, tile = tile_mass(query, key, rows[1], *lists, *geometry, keep_mass, by_slot=True)
+        mass, tile, _ = tile_mass(query, key, rows[1], *lists, *geometry, keep_mass, by_slot=True)
         return *rows, tile, mass
     return *rows, tile, mass.clone()
 
@@ -144,7 +183,7 @@ def _(
     tiles = (*query.shape[:2], -(-query.shape[2] // block_q))
     width = -(-key.shape[2] // block_k) if kv_indices is None else kv_indices.shape[3]
     has_mass = tile_entropy and keep_mass and backend != "reference"
-    out = query.new_empty(query.shape)
+    out = query.new_empty((0,) if value is None else query.shape)
     lse = query.new_empty(rows, dtype=dtype)
     row = query.new_empty(rows if row_entropy else (0,), dtype=dtype)
     block = query.new_empty(rows if block_entropy else (0,), dtype=dtype)
@@ -155,14 +194,14 @@ def _(
 
 @torch.library.custom_op("entropy_attn::attention_backward", mutates_args=())
 def attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     grad_row: Tensor | None,
     grad_block: Tensor | None,
     grad_tile: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     out: Tensor,
     lse: Tensor,
     row: Tensor | None,
@@ -179,7 +218,7 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous.
+    """Gradients of query, key and value, contiguous; that of value is empty if there is none.
 
     row, block and mass are what the forward returned; each is read with its gradient only.
     """
@@ -194,11 +233,13 @@ def attention_backward(
     from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
 
-    terms = cross = None
+    terms = cross = statistics = None
     if grad_tile is not None:
         from entropy_attn.kernels.tile_mass import tile_gradient
 
-        terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry)
+        alone = all(grad is None for grad in (grad_out, grad_lse, grad_row, grad_block))
+        terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry, alone)
+        statistics = cross if alone else None
         terms = (terms, terms)
     columns = None
     if kv_indices is not None:
@@ -210,9 +251,21 @@ def attention_backward(
         if terms is not None:
             by_row = terms[0].flatten(2)
             terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
-    statistics = row_statistics(
-        out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
-    )
+    if statistics is None:
+        statistics = row_statistics(
+            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
+        )
+    of_entropies = not (grad_row is None and grad_block is None and grad_tile is None)
+    kernel, _ = backward_kernel(
+        grad_out, query, key, value, (block_q, block_k), window, scale,
+        has_lengths=not (kv_lens is None and q_lens is None), entropy=of_entropies,
+    )  # fmt: skip
+    if kernel == HOPPER_BACKWARD:
+        from entropy_attn.kernels.hopper.backward import hopper_backward
+
+        return hopper_backward(
+            grad_out, query, key, value, statistics, columns, (block_q, block_k), is_causal, scale
+        )
     return block_sparse_backward(
         grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
         row_entropy=grad_row is not None, block_entropy=grad_block is not None,
@@ -225,17 +278,18 @@ def _(
     mass, kv_num_blocks, kv_indices, kv_lens, q_lens, block_q, block_k, is_causal, window, scale,
     backend,
 ):  # fmt: skip
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+    value_shape = (0,) if value is None else value.shape
+    return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(value_shape)
 
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, *lists = inputs[:7]
     out, lse, row, block, tile, mass = output
     row_entropy, block_entropy, tile_entropy, keep_mass = inputs[12:16]
-    kept = (row_entropy, block_entropy, tile_entropy and keep_mass, False)
+    kept = (value is not None, row_entropy, block_entropy, tile_entropy and keep_mass, False)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(
-        *[t for t, keep in zip((row, block, tile, mass), kept, strict=True) if not keep]
+        *[t for t, keep in zip((out, row, block, tile, mass), kept, strict=True) if not keep]
     )
     ctx.save_for_backward(query, key, value, out, lse, row, block, mass, *lists)
     ctx.geometry = inputs[7:12]
@@ -243,15 +297,15 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, *grads):
-    query, key, value, out, *saved = ctx.saved_tensors
+    query, key, value, *saved = ctx.saved_tensors
     found: tuple[Tensor | None, ...] = (None, None, None)
     grads = grads[:4]  # of lse and of row, block and tile entropy
     if grad_out is not None or any(grad is not None for grad in grads):
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
         found = attention_backward(
-            grad_out, *grads, query, key, value, out, *saved, *ctx.geometry, ctx.backend
+            grad_out, *grads, query, key, value, *saved, *ctx.geometry, ctx.backend
         )
+        if value is None:
+            found = (*found[:2], None)
     return (*found, *[None] * 14)
 
 
@@ -284,7 +338,7 @@ def tile_mass(
         return mass if return_mass else mass.new_zeros(0), reference.entropy(mass).clamp(min=0)
     from entropy_attn.kernels.tile_mass import tile_mass as launch
 
-    return launch(query, key, lse, *lists, *geometry, return_mass)
+    return launch(query, key, lse, *lists, *geometry, return_mass)[:2]
 
 
 @tile_mass.register_fake

@@ -58,7 +58,7 @@ def paged_attention(
         check.check_no_gradient(query=query, key_pages=key_pages, value_pages=value_pages)
     if kv_lens is None:
         raise TypeError("kv_lens must be an int32 tensor of shape (batch,), got None")
-    check.check_lens("kv_lens", kv_lens, query)
+    kv_lens = check.check_lens("kv_lens", kv_lens, query)
     scale = check.check_scale(scale, query.shape[3])
     kv_len = block_table.shape[1] * key_pages.shape[2]
     block_size = (DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)

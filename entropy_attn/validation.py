@@ -94,10 +94,13 @@ def check_reorderable(is_causal: bool, window: int | None) -> None:
             )
 
 
-def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
-    """(B,) int32 valid lengths on the device of the query. The values are not read."""
+def check_lens(name: str, lens: Tensor | None, query: Tensor) -> Tensor | None:
+    """(B,) int32 valid lengths on the device of the query, adjacent in memory as kernels read them.
+
+    The values are not read.
+    """
     if lens is None:
-        return
+        return None
     if not isinstance(lens, Tensor) or lens.dtype != torch.int32:
         got = lens.dtype if isinstance(lens, Tensor) else type(lens).__name__
         raise TypeError(f"{name} must be an int32 tensor of shape (batch,), got {got}")
@@ -108,6 +111,7 @@ def check_lens(name: str, lens: Tensor | None, query: Tensor) -> None:
         )
     if lens.device != query.device:
         raise ValueError(f"{name} is on {lens.device} but query is on {query.device}")
+    return lens.contiguous()
 
 
 def check_pages(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor) -> None:

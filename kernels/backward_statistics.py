@@ -11,7 +11,6 @@ dS_ij is 0 but for dlse, as the softmax does not change when a row of S moves by
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +33,7 @@ def _statistics_kernel(
     out_strides, grad_out_strides, heads, q_len, q_tiles, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
-    TILE_ENTROPY: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
     """Statistics of every row, padded to whole tiles: (B, Hq, 2 to 4, q_tiles * BLOCK_M).
 
@@ -44,15 +43,17 @@ def _statistics_kernel(
     """
     batch, head, tile = program_tile(q_tiles, heads, False)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-    out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
-    out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
-    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
-    grad_pointers = grad_base + tile_offsets(
-        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
-    )
-    out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_OUT:
+        out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
+        out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
+        grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+        grad_pointers = grad_base + tile_offsets(
+            rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
+        )
+        out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+        grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     batch_head = (batch * heads + head).to(tl.int64)
     at = batch_head * q_len + rows
     inside = rows < q_len
@@ -80,7 +81,7 @@ def _statistics_kernel(
 
 def row_statistics(
     out: Tensor,
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     lse: Tensor,
     grad_lse: Tensor | None,
     row: Tensor | None,
@@ -94,7 +95,8 @@ def row_statistics(
     """Launch the kernel.
 
     Args:
-        out, grad_out: (B, Hq, Nq, D). lse: (B, Hq, Nq) fp32, contiguous, as are the next ones.
+        out, grad_out: (B, Hq, Nq, D); without grad_out (None) out is not read.
+        lse: (B, Hq, Nq) fp32, contiguous, as are the next ones.
         row, block: entropies; read where they have a gradient.
         grad_lse, grad_row, grad_block: (B, Hq, Nq) fp32 of any strides, or None.
         cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
@@ -103,24 +105,27 @@ def row_statistics(
         (B, Hq, R, padded Nq) fp32: lse in base 2, delta, then what belongs to ``grad_row`` and
         to ``grad_block`` if they are given.
     """
-    batch, heads, q_len, head_dim = out.shape
+    batch, heads, q_len = lse.shape
+    head_dim = 16 if grad_out is None else out.shape[3]
     block_m = 128 if head_dim <= 128 else 64
     padding = max(block_q, block_m)
     padded_len = triton.cdiv(q_len, padding) * padding
     per_head = 2 + (grad_row is not None) + (grad_block is not None)
-    statistics = out.new_empty((batch, heads, per_head, padded_len), dtype=torch.float32)
+    statistics = lse.new_empty((batch, heads, per_head, padded_len))
     if statistics.numel() == 0:
         return statistics
     grad_lse, grad_row, grad_block = (
         None if grad is None else grad.contiguous() for grad in (grad_lse, grad_row, grad_block)
     )
+    strides = [(0,) * 4 if grad_out is None else t.stride() for t in (out, grad_out)]
     tiles = padded_len // block_m
     with device_of(out):
         _statistics_kernel[(tiles * batch * heads,)](
             out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, statistics,
-            out.stride(), grad_out.stride(), heads, q_len, tiles, scale,
+            *strides, heads, q_len, tiles, scale,
             HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=block_m,
             HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
             BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
+            HAS_OUT=grad_out is not None,
         )  # fmt: skip
     return statistics

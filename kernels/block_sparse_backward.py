@@ -5,6 +5,7 @@ With P = exp(S - lse), dP = dO V^T and delta_i = dO_i . O_i - dlse_i:
 (FlashAttention-2, Dao, arXiv 2307.08691; dlse enters through delta: d lse_i / d S_ij = P_ij.)
 Gradients of the entropies add terms to delta and, in the brackets, - gR_i S_ij - gB_i log P_i,B(j)
 + g_A,B(j): see `kernels/backward_statistics.py`, which leaves lse, delta and gR, gB of each row.
+Without a gradient of the output (HAS_OUT) there are only those: no dP, no dV, no need of values.
 Two kernels: dK and dV by one program a block of keys, which walks over the queries that list it
 (the transposed lists, CSR) in all query heads of its group; dQ by one program a block of queries.
 P is computed twice, and in return nothing is accumulated through memory.
@@ -61,8 +62,8 @@ def _visit_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr, MASK_ROWS: tl.constexpr,
     MAY_CUT: tl.constexpr, MASKED: tl.constexpr, ROW_ENTROPY: tl.constexpr,
-    BLOCK_ENTROPY: tl.constexpr, TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_ENTROPY: tl.constexpr, TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the query blocks in slots [first, last) of a column's list to dK and dV.
 
@@ -74,7 +75,8 @@ def _visit_queries(
     lane = tl.arange(0, BLOCK_M)
     if not DESCRIPTORS:
         query_offsets = tile_offsets(lane, stride_qn, BLOCK_D, stride_qd)  # (M, D)
-        grad_offsets = tile_offsets(lane, stride_gn, BLOCK_D, stride_gd)  # (M, D)
+        if HAS_OUT:
+            grad_offsets = tile_offsets(lane, stride_gn, BLOCK_D, stride_gd)  # (M, D)
         lse_base = statistics_source + statistics_row.to(tl.int64) * padded_len
         delta_base = lse_base + padded_len
     next_start = block_start(list_pointer, first, count, LISTED, BLOCK_Q)
@@ -95,11 +97,13 @@ def _visit_queries(
             scores = visible_columns(scores, rows, keys, diagonal, window, HAS_WINDOW)
         p = tl.exp2(scores * scale_log2 - lse[None, :])  # (N, M)
         if DESCRIPTORS:
-            grad = load_box(grad_base, batch, head, start, BLOCK_M, BLOCK_D)  # (M, D)
+            if HAS_OUT:
+                grad = load_box(grad_base, batch, head, start, BLOCK_M, BLOCK_D)  # (M, D)
             delta = tl.reshape(statistics_source.load([statistics_row + 1, start]), (BLOCK_M,))
         else:
-            grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
-            grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
+            if HAS_OUT:
+                grad_pointers = grad_base + start.to(tl.int64) * stride_gn + grad_offsets
+                grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, MASK_ROWS)  # (M, D)
             delta = tl.load(delta_base + rows)
         if BLOCK_ENTROPY:
             if DESCRIPTORS:
@@ -123,14 +127,18 @@ def _visit_queries(
             else:
                 grad_row = tl.load(lse_base + 2 * padded_len + rows)
             grad_p = -delta[None, :] - grad_row[None, :] * raw_scores
-            grad_p = tl.dot(value, tl.trans(grad), grad_p, input_precision=PRECISION)  # (N, M)
-        else:
+            if HAS_OUT:
+                grad_p = tl.dot(value, tl.trans(grad), grad_p, input_precision=PRECISION)  # (N, M)
+        elif HAS_OUT:
             grad_p = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # (N, M)
-        grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+        if HAS_OUT:
+            grad_value = tl.dot(p.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
         if ROW_ENTROPY:
             grad_scores = p * grad_p
-        else:
+        elif HAS_OUT:
             grad_scores = p * (grad_p - delta[None, :])
+        else:
+            grad_scores = -p * delta[None, :]
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
     return grad_key, grad_value
 
@@ -147,7 +155,8 @@ def _key_value_kernel(
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MASK_ROWS: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
     HAS_Q_LENS: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
-    TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tile = program % kv_tiles
@@ -161,9 +170,11 @@ def _key_value_kernel(
     key_base = head_base(key_ptr, batch, kv_head, key_strides[0], key_strides[1])
     key_pointers = key_base + tile_offsets(keys, key_strides[2], BLOCK_D, key_strides[3])
     key = load_tile(key_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, True)  # (N, D)
-    value_base = head_base(value_ptr, batch, kv_head, value_strides[0], value_strides[1])
-    value_pointers = value_base + tile_offsets(keys, value_strides[2], BLOCK_D, value_strides[3])
-    value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, True)  # (N, D)
+    value = key
+    if HAS_OUT:
+        value_base = head_base(value_ptr, batch, kv_head, value_strides[0], value_strides[1])
+        value_offsets = tile_offsets(keys, value_strides[2], BLOCK_D, value_strides[3])
+        value = load_tile(value_base + value_offsets, keys, kv_len, HEAD_DIM, BLOCK_D, True)
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -216,9 +227,11 @@ def _key_value_kernel(
             grad_base = grad_source
         else:
             query_base = head_base(query_source, batch, head, query_strides[0], query_strides[1])
-            grad_base = head_base(
-                grad_source, batch, head, grad_out_strides[0], grad_out_strides[1]
-            )
+            grad_base = query_base
+            if HAS_OUT:
+                grad_base = head_base(
+                    grad_source, batch, head, grad_out_strides[0], grad_out_strides[1]
+                )
         if IS_CAUSAL:
             grad_key, grad_value = _visit_queries(
                 grad_key, grad_value, key, value, keys, batch, head, query_base, grad_base,
@@ -227,7 +240,7 @@ def _key_value_kernel(
                 term_stride.to(tl.int64), list_pointer, first, clear, count, statistics_row,
                 q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
                 BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
-                True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+                True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, HAS_OUT, DESCRIPTORS, PRECISION,
             )  # fmt: skip
         if not HAS_WINDOW:
             grad_key, grad_value = _visit_queries(
@@ -237,7 +250,7 @@ def _key_value_kernel(
                 term_stride.to(tl.int64), list_pointer, clear, last, count, statistics_row,
                 q_len, kv_end, kv_len, padded_len, diagonal, window, scale * LOG2_E, HEAD_DIM,
                 BLOCK_D, BLOCK_Q, BLOCK_K, BLOCK_M, BLOCK_N, HAS_WINDOW, LISTED, MASK_ROWS, MAY_CUT,
-                False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+                False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, HAS_OUT, DESCRIPTORS, PRECISION,
             )  # fmt: skip
 
     # Padding keys were treated like the others up to here; their gradient is 0.
@@ -246,13 +259,14 @@ def _key_value_kernel(
     grad_key_base = head_base(
         grad_key_ptr, batch, kv_head, grad_key_strides[0], grad_key_strides[1]
     )
-    grad_value_base = head_base(
-        grad_value_ptr, batch, kv_head, grad_key_strides[0], grad_key_strides[1]
-    )
     grad_key = tl.where(valid, grad_key * scale, 0.0)
     store_tile(grad_key_base + grad_offsets, grad_key, keys, kv_len, HEAD_DIM, BLOCK_D)
-    grad_value = tl.where(valid, grad_value, 0.0)
-    store_tile(grad_value_base + grad_offsets, grad_value, keys, kv_len, HEAD_DIM, BLOCK_D)
+    if HAS_OUT:
+        grad_value_base = head_base(
+            grad_value_ptr, batch, kv_head, grad_key_strides[0], grad_key_strides[1]
+        )
+        grad_value = tl.where(valid, grad_value, 0.0)
+        store_tile(grad_value_base + grad_offsets, grad_value, keys, kv_len, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -263,7 +277,8 @@ def _visit_keys(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MASKED: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
-    TILE_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the key blocks in slots [first, last) of a row's list to dQ.
 
@@ -274,7 +289,8 @@ def _visit_keys(
     lane = tl.arange(0, BLOCK_N)
     if not DESCRIPTORS:
         key_offsets = tile_offsets(lane, stride_kn, BLOCK_D, stride_kd)  # (N, D)
-        value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
+        if HAS_OUT:
+            value_offsets = tile_offsets(lane, stride_vn, BLOCK_D, stride_vd)  # (N, D)
     next_start = block_start(list_pointer, first, count, LISTED, BLOCK_K)
     for step in range(first * STEPS, last * STEPS):
         start = next_start + (step % STEPS) * BLOCK_N
@@ -290,11 +306,12 @@ def _visit_keys(
         if MASKED:
             scores = visible_scores(scores, positions, keys, kv_end, window, IS_CAUSAL, HAS_WINDOW)
         p = tl.exp2(scores * scale_log2 - lse[:, None])  # (M, N)
-        if DESCRIPTORS:
-            value = load_box(value_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
-        else:
-            value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
-            value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
+        if HAS_OUT:
+            if DESCRIPTORS:
+                value = load_box(value_base, batch, kv_head, start, BLOCK_N, BLOCK_D)  # (N, D)
+            else:
+                value_pointers = value_base + start.to(tl.int64) * stride_vn + value_offsets
+                value = load_tile(value_pointers, keys, kv_len, HEAD_DIM, BLOCK_D, MASKED)  # (N, D)
         subtract = delta
         if BLOCK_ENTROPY:
             block = start - (step % STEPS) * BLOCK_N
@@ -307,11 +324,14 @@ def _visit_keys(
             subtract -= tl.load(terms + step // STEPS)
         if ROW_ENTROPY:
             grad_p = -subtract[:, None] - grad_row[:, None] * raw_scores
-            grad_p = tl.dot(grad, tl.trans(value), grad_p, input_precision=PRECISION)  # (M, N)
+            if HAS_OUT:
+                grad_p = tl.dot(grad, tl.trans(value), grad_p, input_precision=PRECISION)  # (M, N)
             grad_scores = p * grad_p
-        else:
+        elif HAS_OUT:
             grad_p = tl.dot(grad, tl.trans(value), input_precision=PRECISION)  # (M, N)
             grad_scores = p * (grad_p - subtract[:, None])
+        else:
+            grad_scores = -p * subtract[:, None]
         grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
     return grad_query
 
@@ -328,7 +348,7 @@ def _query_kernel(
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
     ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr, TILE_ENTROPY: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_OUT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, head, tile = program_tile(q_tiles, heads, IS_CAUSAL)
     kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
@@ -346,11 +366,11 @@ def _query_kernel(
     query_base = head_base(query_ptr, batch, head, query_strides[0], query_strides[1])
     query_pointers = query_base + tile_offsets(rows, query_strides[2], BLOCK_D, query_strides[3])
     query = load_tile(query_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
-    grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
-    grad_pointers = grad_base + tile_offsets(
-        rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3]
-    )
-    grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    grad = query
+    if HAS_OUT:
+        grad_base = head_base(grad_out_ptr, batch, head, grad_out_strides[0], grad_out_strides[1])
+        grad_offsets = tile_offsets(rows, grad_out_strides[2], BLOCK_D, grad_out_strides[3])
+        grad = load_tile(grad_base + grad_offsets, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
     batch_head = (batch * heads + head).to(tl.int64)
     PER_HEAD: tl.constexpr = 2 + ROW_ENTROPY + BLOCK_ENTROPY
     statistics = statistics_ptr + batch_head * PER_HEAD * padded_len + rows
@@ -371,7 +391,9 @@ def _query_kernel(
         value_base = value_source
     else:
         key_base = head_base(key_source, batch, kv_head, key_strides[0], key_strides[1])
-        value_base = head_base(value_source, batch, kv_head, value_strides[0], value_strides[1])
+        value_base = key_base
+        if HAS_OUT:
+            value_base = head_base(value_source, batch, kv_head, value_strides[0], value_strides[1])
 
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     grad_query = _visit_keys(
@@ -379,7 +401,7 @@ def _query_kernel(
         kv_head, key_base, value_base, key_strides[2], key_strides[3], value_strides[2],
         value_strides[3], list_pointer, first, full, count, kv_end, kv_len, window,
         scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
-        False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+        False, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, HAS_OUT, DESCRIPTORS, PRECISION,
     )  # fmt: skip
     if IS_CAUSAL or HAS_WINDOW or MAY_CUT:
         grad_query = _visit_keys(
@@ -387,7 +409,7 @@ def _query_kernel(
             kv_head, key_base, value_base, key_strides[2], key_strides[3], value_strides[2],
             value_strides[3], list_pointer, full, last, count, kv_end, kv_len, window,
             scale * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
-            True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, DESCRIPTORS, PRECISION,
+            True, ROW_ENTROPY, BLOCK_ENTROPY, TILE_ENTROPY, HAS_OUT, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     grad_query_base = head_base(
         grad_query_ptr, batch, head, grad_query_strides[0], grad_query_strides[1]
@@ -463,10 +485,10 @@ def backward_config(
 
 
 def block_sparse_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     statistics: Tensor,
     terms: tuple[Tensor, Tensor] | None,
     kv_num_blocks: Tensor | None,
@@ -485,6 +507,7 @@ def block_sparse_backward(
     """Launch the kernels.
 
     Args:
+        grad_out: None where only entropies have gradients; values are not read then.
         statistics: (B, Hq, R, padded Nq) fp32 of `kernels/backward_statistics.py`; row_entropy and
             block_entropy say which rows it has besides lse and delta.
         terms: g_AB of the tile entropies, contiguous fp32, in the order of the lists (B, Hq, Mq, W)
@@ -493,18 +516,22 @@ def block_sparse_backward(
             (B|1, H|1, Mq * W), ascending in each column; None where every block is visited.
 
     Returns:
-        dQ, dK, dV, contiguous, in the dtype of the inputs.
+        dQ, dK, dV, contiguous, in the dtype of the inputs; dV is 0 without grad_out, and empty
+        without values.
     """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    value_shape = (0,) if value is None else value.shape
+    make_value = torch.zeros if grad_out is None else torch.empty
+    grad_value = make_value(value_shape, dtype=key.dtype, device=key.device)
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
 
     arch = architecture(query.device)
-    copy_engine = has_copy_engine(arch, query, key, value, grad_out)
+    given = [query, key] if grad_out is None else [query, key, value, grad_out]
+    copy_engine = has_copy_engine(arch, *given)
     config = config or backward_config(
         arch, head_dim, query.element_size(), block_size, is_causal, copy_engine
     )
@@ -528,20 +555,25 @@ def block_sparse_backward(
         ROW_ENTROPY=row_entropy,
         BLOCK_ENTROPY=block_entropy,
         TILE_ENTROPY=terms is not None,
+        HAS_OUT=grad_out is not None,
         DESCRIPTORS=config.descriptors,
         PRECISION=dot_precision(query.dtype),
     )
-    strides = (query.stride(), key.stride(), value.stride(), grad_out.stride())
+    # Without grad_out the last two are not read.
+    strides = tuple(t.stride() for t in (given * 2)[:4])
     # What the steps of the dK, dV kernel and those of the dQ kernel fetch.
     query_side: tuple[Any, ...] = query, grad_out, statistics
     key_side: tuple[Any, ...] = key, value
     if config.descriptors:
         query_side = (
             tile_descriptor(query, config.key_block_m),
-            tile_descriptor(grad_out, config.key_block_m),
+            None if grad_out is None else tile_descriptor(grad_out, config.key_block_m),
             row_descriptor(statistics, config.key_block_m),
         )
-        key_side = tuple(tile_descriptor(t, config.query_block_n) for t in key_side)
+        key_side = (
+            tile_descriptor(key, config.query_block_n),
+            None if grad_out is None else tile_descriptor(value, config.query_block_n),
+        )
     with device_of(query):
         kv_tiles = triton.cdiv(kv_len, config.key_block_n)
         _key_value_kernel[(kv_tiles * batch * kv_heads,)](

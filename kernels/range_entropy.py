@@ -33,12 +33,11 @@ from entropy_attn.kernels.range_primitives import (
     inverse_of,
     load_centre,
     load_norms,
+    load_point_terms,
     load_terms,
-    load_tile,
     log2_of,
     may_start_next,
     norms_in_base_2,
-    point_terms,
     problem_of,
     products,
     step_of,
@@ -67,10 +66,10 @@ def _normaliser_kernel(
     dims = tl.arange(0, BLOCK_D)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    x = load_tile(
-        points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM, COPY_ENGINE
-    )
-    x_terms = point_terms(x, load_centre(centre, dims, DIM), terms.dtype.element_ty, CENTRED)
+    x_terms = load_point_terms(
+        points, point_strides, batch // inner, batch % inner, start, lane, dims, n,
+        load_centre(centre, dims, DIM), terms.dtype.element_ty, DIM, CENTRED, COPY_ENGINE,
+    )  # fmt: skip
     for column in range(0, k_padded, BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
         first = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
@@ -122,12 +121,12 @@ def _mass_kernel(
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
         start = tile * BLOCK_M
         left = n - start
-        x = load_tile(
-            points, point_strides, batch // inner, batch % inner, start, lane, dims, n, DIM,
-            COPY_ENGINE,
+        x_terms = load_point_terms(
+            points, point_strides, batch // inner, batch % inner, start, lane, dims, n, origin,
+            terms.dtype.element_ty, DIM, CENTRED, COPY_ENGINE,
         )  # fmt: skip
         product, units = products(
-            point_terms(x, origin, terms.dtype.element_ty, CENTRED), points, point_strides, centre,
+            x_terms, points, point_strides, centre,
             terms, first, start, lane, columns, n, k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
         )  # fmt: skip
         scores = product * (scale * units)[:, None] - norm[None, :]

@@ -37,11 +37,10 @@ from entropy_attn.kernels.range_primitives import (
     anchors_of,
     load_centre,
     load_norms,
+    load_point_terms,
     load_terms,
-    load_tile,
     may_start_next,
     norms_in_base_2,
-    point_terms,
     problem_of,
     products,
     rate_of,
@@ -82,8 +81,10 @@ def _point_kernel(
     surprise += batch.to(tl.int64) * k_padded
     out_dims = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     dims = tl.arange(0, BLOCK_D)
-    x = load_tile(points, point_strides, outer, head, start, lane, dims, n, DIM, COPY_ENGINE)
-    x_terms = point_terms(x, load_centre(centre, dims, DIM), terms.dtype.element_ty, CENTRED)
+    x_terms = load_point_terms(
+        points, point_strides, outer, head, start, lane, dims, n, load_centre(centre, dims, DIM),
+        terms.dtype.element_ty, DIM, CENTRED, COPY_ENGINE,
+    )  # fmt: skip
 
     expected = tl.zeros([BLOCK_M], tl.float32)
     for column in range(0, k_padded, BLOCK_N):
@@ -204,8 +205,10 @@ def _anchor_kernel(
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
         start = tile * BLOCK_M
         left = n - start
-        x = load_tile(points, point_strides, outer, head, start, lane, dims, n, DIM, COPY_ENGINE)
-        x_terms = point_terms(x, origin, HALF, CENTRED)
+        x_terms = load_point_terms(
+            points, point_strides, outer, head, start, lane, dims, n, origin, HALF, DIM, CENTRED,
+            COPY_ENGINE,
+        )  # fmt: skip
         product, units = products(
             x_terms, points, point_strides, centre, terms, first, start, lane, columns, n,
             k_padded, DIM, PADDED, BLOCK_D, TERMS, CENTRED,
@@ -246,10 +249,10 @@ def _anchor_kernel(
             if WHOLE:
                 x, x_low, units = x_terms
             else:
-                x = load_tile(
-                    points, point_strides, outer, head, start, lane, out_dims, n, DIM, False
-                )
-                x, x_low, units = point_terms(x, out_origin, HALF, CENTRED)
+                x, x_low, units = load_point_terms(
+                    points, point_strides, outer, head, start, lane, out_dims, n, out_origin, HALF,
+                    DIM, CENTRED, False,
+                )  # fmt: skip
             # Factors of points are taken over a power of two of the tile: none exceeds 1.
             flow_unit = result_unit
             if HAS_WEIGHTS:

@@ -69,6 +69,8 @@ LENGTHS = (
 # The b of an anchor that is not there, and the log-sum-exp of a point that is not, in base 2: p
 # becomes 0, and what is multiplied by it stays finite.
 NOWHERE = tl.constexpr(1.0e30)
+# Dimensions of the narrowest tile of points that is loaded.
+NARROWEST = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -275,15 +277,38 @@ def load_tile(
 
 
 @triton.jit
-def point_terms(x, origin, HALF: tl.constexpr, CENTRED: tl.constexpr):
+def load_point_terms(
+    points, point_strides, outer, head, start, lane, dims, n, origin, HALF: tl.constexpr,
+    DIM: tl.constexpr, CENTRED: tl.constexpr, COPY_ENGINE: tl.constexpr,
+):  # fmt: skip
     """(M, dims) points as a high and a low term, and the (M,) powers of two they are over."""
-    if CENTRED:
-        x -= origin[None, :]
-        scale, unit = half_range_scale(tl.max(tl.abs(x), 1))
-        high, low = two_terms(x * scale[:, None], HALF)
+    HALF_WIDTH: tl.constexpr = dims.shape[0] // 2
+    if CENTRED and DIM <= HALF_WIDTH and HALF_WIDTH >= NARROWEST and not COPY_ENGINE:
+        # Tensor cores take sixteen dimensions. That many threads would share a point, work on
+        # zeros and send each other messages to find the largest entry: they join the zeros last.
+        few = tl.arange(0, HALF_WIDTH)
+        origin = tl.sum(tl.where(dims[None, :] == few[:, None], origin[None, :], 0.0), 1)
+        high, low, unit = load_point_terms(
+            points, point_strides, outer, head, start, lane, few, n, origin, HALF, DIM, CENTRED,
+            COPY_ENGINE,
+        )  # fmt: skip
+        high, low = _beside_zeros(high), _beside_zeros(low)
     else:
-        high, low, unit = x, x, tl.full([x.shape[0]], 1.0, tl.float32)
+        x = load_tile(points, point_strides, outer, head, start, lane, dims, n, DIM, COPY_ENGINE)
+        if CENTRED:
+            x -= origin[None, :]
+            scale, unit = half_range_scale(tl.max(tl.abs(x), 1))
+            high, low = two_terms(x * scale[:, None], HALF)
+        else:
+            high, low, unit = x, x, tl.full([x.shape[0]], 1.0, tl.float32)
     return high, low, unit
+
+
+@triton.jit
+def _beside_zeros(x):
+    """(M, 2 N) of (M, N)."""
+    wider = tl.permute(tl.join(x, tl.zeros_like(x)), (0, 2, 1))  # (M, 2, N)
+    return tl.reshape(wider, (x.shape[0], 2 * x.shape[1]))
 
 
 @triton.jit
@@ -295,7 +320,7 @@ def products(
     """(M, N) products of points and anchors over (M,) powers of two.
 
     Args:
-        first, first_terms: `point_terms` and `load_terms` of the first dimensions.
+        first, first_terms: `load_point_terms` and `load_terms` of the first dimensions.
     """
     HALF: tl.constexpr = terms.dtype.element_ty
     x, x_low, unit = first
@@ -307,8 +332,10 @@ def products(
             product *= unit[:, None]
         for step in range(BLOCK_D, DIM, BLOCK_D):
             dims = step + tl.arange(0, BLOCK_D)
-            x = load_tile(points, point_strides, 0, 0, start, lane, dims, n, DIM, False)
-            x, x_low, unit = point_terms(x, load_centre(centre, dims, DIM), HALF, CENTRED)
+            x, x_low, unit = load_point_terms(
+                points, point_strides, 0, 0, start, lane, dims, n, load_centre(centre, dims, DIM),
+                HALF, DIM, CENTRED, False,
+            )  # fmt: skip
             high, middle, low = load_terms(terms, columns, dims, k_padded, PADDED, TERMS)
             if CENTRED:
                 part = dot_terms(x, x_low, tl.trans(high), tl.trans(middle), True)

@@ -184,8 +184,8 @@ def _tile_mass_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     LISTED: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
-    HAS_Q_LENS: tl.constexpr, HAS_LSE: tl.constexpr, STORE_MASS: tl.constexpr,
-    BY_SLOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, HAS_LSE: tl.constexpr, STORE_LSE: tl.constexpr,
+    STORE_MASS: tl.constexpr, BY_SLOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch_head, tile, rows, positions, query, key_base, kv_end, q_end, blocks = _tile_of_program(
         query_ptr, key_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
@@ -195,8 +195,8 @@ def _tile_mass_kernel(
         HAS_KV_LENS, HAS_Q_LENS,
     )  # fmt: skip
     list_pointer, count, first, full, last = blocks
+    statistics = batch_head * q_len + rows
     if HAS_LSE:
-        statistics = batch_head * q_len + rows
         lse = tl.load(lse_ptr + statistics, mask=rows < q_len, other=float("-inf")) * LOG2_E
     else:
         mass = tl.zeros([BLOCK_Q], tl.float32)
@@ -212,6 +212,10 @@ def _tile_mass_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
         )  # fmt: skip
         lse = tl.where(mass > 0.0, maximum + tl.log2(mass), float("-inf"))
+        if STORE_LSE:
+            # Padding queries count as those that see no key, as in the forward pass.
+            stored = tl.where(rows < q_end, lse * LN_2, float("-inf"))
+            tl.store(lse_ptr + statistics, stored, mask=rows < q_len)
     alive = (lse > float("-inf")) & (rows < q_end)
     # +inf makes every probability of a row without a key 0.
     lse = tl.where(alive, lse, float("inf"))
@@ -248,7 +252,7 @@ def _tile_gradient_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     LISTED: tl.constexpr, MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr,
-    HAS_Q_LENS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_Q_LENS: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch_head, tile, rows, positions, query, key_base, kv_end, q_end, blocks = _tile_of_program(
         query_ptr, key_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
@@ -283,7 +287,13 @@ def _tile_gradient_kernel(
         window, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED,
         True, PRECISION,
     )  # fmt: skip
-    tl.store(cross_ptr + at, cross, mask=rows < q_len)
+    if STATISTICS:
+        padded_len = q_tiles * BLOCK_Q
+        target = cross_ptr + 2 * batch_head * padded_len + rows
+        tl.store(target, lse)
+        tl.store(target + padded_len, cross)
+    else:
+        tl.store(cross_ptr + at, cross, mask=rows < q_len)
 
 
 @dataclass(frozen=True)
@@ -321,17 +331,19 @@ def tile_mass(
     scale: float,
     return_mass: bool,
     by_slot: bool = False,
+    return_lse: bool = False,
     config: TileMassConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the kernel.
 
     Args:
         lse: (B, Hq, Nq) fp32 from the forward pass over the same lists, or None to compute it.
         by_slot: with return_mass and lists, store masses in the order of the lists.
+        return_lse: store the lse that is computed.
 
     Returns:
         mass (B, Hq, Mq, Mk) fp32, by slot (B, Hq, Mq, W), or empty; entropy (B, Hq, Mq) fp32 in
-        nats.
+        nats; lse, None if it is neither given nor asked for.
     """
     by_slot = by_slot and return_mass and kv_indices is not None
     kv_tiles = triton.cdiv(key.shape[2], block_size[1])
@@ -340,9 +352,12 @@ def tile_mass(
     # Blocks that are not visited keep their 0.
     mass_shape = (*shape, width) if return_mass else (0,)
     mass = torch.zeros(mass_shape, dtype=torch.float32, device=query.device)
-    entropy = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    entropy = torch.empty(shape, dtype=torch.float32, device=query.device)
+    has_lse = lse is not None
+    if not has_lse and return_lse:
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if entropy.numel() == 0 or key.shape[2] == 0:
-        return mass, entropy
+        return mass, entropy.zero_(), lse if has_lse or lse is None else lse.fill_(float("-inf"))
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     lists = (counts, indices, kv_lens, q_lens)
     geometry = (block_size, is_causal, window, scale)
@@ -351,9 +366,9 @@ def tile_mass(
         _tile_mass_kernel[(entropy.numel(),)](
             query, key, lse, mass, entropy, *lists,
             query.stride(), key.stride(), *sizes, **options,
-            HAS_LSE=lse is not None, STORE_MASS=return_mass, BY_SLOT=by_slot,
+            HAS_LSE=has_lse, STORE_LSE=return_lse, STORE_MASS=return_mass, BY_SLOT=by_slot,
         )  # fmt: skip
-    return mass, entropy
+    return mass, entropy, lse
 
 
 def tile_gradient(
@@ -370,6 +385,7 @@ def tile_gradient(
     is_causal: bool,
     window: int,
     scale: float,
+    statistics: bool = False,
     config: TileMassConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of the backward.
@@ -377,12 +393,18 @@ def tile_gradient(
     Args:
         lse: (B, Hq, Nq) fp32 from the forward pass. mass: by slot, from `tile_mass`.
         grad: (B, Hq, Mq) fp32 of the entropies, of any strides.
+        statistics: nothing else has a gradient.
 
     Returns:
-        g_AB in the order of ``mass``, and sum_B P_iB g_AB (B, Hq, Nq), both fp32.
+        g_AB in the order of ``mass``, and sum_B P_iB g_AB (B, Hq, Nq), both fp32. With
+        ``statistics``, in place of the latter all that the backward needs to know of the rows:
+        (B, Hq, 2, Mq * block_q), lse in base 2 and delta, as `kernels/backward_statistics.py`.
     """
     terms = torch.zeros_like(mass)  # nothing is stored where no block is visited
-    cross = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    shape = query.shape[:3]
+    if statistics:
+        shape = (*shape[:2], 2, mass.shape[2] * block_size[0])
+    cross = torch.empty(shape, dtype=torch.float32, device=query.device)
     if mass.numel() == 0:
         return terms, cross.zero_()
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
@@ -392,7 +414,7 @@ def tile_gradient(
     with device_of(query):
         _tile_gradient_kernel[(grad.numel(),)](
             query, key, lse, mass, grad.contiguous(), terms, cross, *lists,
-            query.stride(), key.stride(), *sizes, **options,
+            query.stride(), key.stride(), *sizes, **options, STATISTICS=statistics,
         )  # fmt: skip
     return terms, cross
 

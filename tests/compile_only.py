@@ -145,6 +145,8 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
     numbers = [re.search(pattern, text) for pattern in (registers, spilled)]
     if None in numbers:
         raise RuntimeError(f"the compiler's report does not say what it used:\n{text[-2000:]}")
+    if "wgmma.mma_async instructions are serialized" in text:
+        raise RuntimeError(f"the tensor cores' products wait for each other:\n{text[-2000:]}")
     used, spills = (int(match[1]) for match in numbers if match)
     return used, spills * bytes_each
 
@@ -155,6 +157,7 @@ class Attention:
 
     Attributes:
         gradients: the entropies whose gradients the backward takes in.
+        values: without them there is the tile entropy alone.
     """
 
     head_dim: int
@@ -166,9 +169,11 @@ class Attention:
     dense: bool = False
     backward: bool = True
     gradients: tuple[str, ...] = ()
+    values: bool = True
 
     def __str__(self) -> str:
         words = [f"D={self.head_dim}", f"blocks {self.block}", str(self.dtype).split(".")[1]]
+        words += [] if self.values else ["without values"]
         flags = ("is_causal", "entropy", "lens", "dense")
         words += [name for name in flags if getattr(self, name)]
         return ", ".join(
@@ -189,15 +194,17 @@ class Attention:
             counts, indices = mask.kv_num_blocks, mask.kv_indices
         lists = (counts, indices, lens, lens)
         geometry = (self.block, self.block, self.is_causal, 0, self.head_dim**-0.5)
+        value, out = (key, query) if self.values else (None, None)
+        kinds = (self.entropy and self.values,) * 2
         *_, lse, row, block, tile, mass = ops.attention_forward(
-            query, key, key, *lists, *geometry,
-            *[self.entropy] * 3, "tile" in self.gradients, "triton",
+            query, key, value, *lists, *geometry,
+            *kinds, self.entropy, "tile" in self.gradients, "triton",
         )  # fmt: skip
         if self.backward:
             grads = {"row": row, "block": block, "tile": tile}
             grads = [grads[kind] if kind in self.gradients else None for kind in grads]
             ops.attention_backward(
-                query, None, *grads, query, key, key, query, lse, row, block, mass,
+                out, None, *grads, query, key, value, query, lse, row, block, mass,
                 *lists, *geometry, "triton",
             )  # fmt: skip
 
@@ -286,11 +293,15 @@ class Hopper:
     is_causal: bool = False
     kv_len: int = 1024
     dense: bool = False
+    lens: bool = False
+    row_entropy: bool = False
+    block_entropy: bool = False
 
     def __str__(self) -> str:
         blocks = "x".join(map(str, self.block))
         words = [f"Hopper, D={self.head_dim}", f"blocks {blocks}", str(self.dtype).split(".")[1]]
-        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        switches = ("is_causal", "dense", "lens", "row_entropy", "block_entropy")
+        words += [name for name in switches if getattr(self, name)]
         return ", ".join([*words, f"N={self.kv_len}"])
 
     def run(self) -> None:
@@ -302,9 +313,44 @@ class Hopper:
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
         mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
         lists = (None, None) if self.dense else (mask.kv_num_blocks, mask.kv_indices)
+        lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         forward.hopper_forward(
-            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5
-        )
+            query, key, key, *lists, self.block, self.is_causal, self.head_dim**-0.5,
+            kv_lens=lens, q_lens=lens,
+            row_entropy=self.row_entropy, block_entropy=self.block_entropy,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BackwardForHopper:
+    """A backward of the kernel for sm_90, as calls that are large enough run."""
+
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = False
+    kv_len: int = 1024
+    dense: bool = False
+
+    def __str__(self) -> str:
+        words = [f"backward, D={self.head_dim}", str(self.dtype).split(".")[1]]
+        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        return ", ".join([*words, f"N={self.kv_len}"])
+
+    def run(self) -> None:
+        from entropy_attn.block_lists import column_lists
+        from entropy_attn.kernels.hopper.backward import hopper_backward
+        from entropy_attn.masks import BlockMask
+
+        query = torch.zeros(1, 4, 1024, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
+        columns = None
+        if not self.dense:
+            mask = BlockMask.full(1, 4, 1024, self.kv_len, 128)
+            columns = column_lists(mask.kv_num_blocks, mask.kv_indices, -(-self.kv_len // 128))
+        hopper_backward(
+            query, query, key, key, torch.zeros(1, 4, 2, 1024), columns, (128, 128),
+            self.is_causal, self.head_dim**-0.5,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -426,6 +472,8 @@ CASES = (
     Attention(128, 64, is_causal=True, entropy=True, gradients=("row",)),
     Attention(128, 64, is_causal=True, entropy=True, gradients=("block",)),
     Attention(128, 64, is_causal=True, entropy=True, gradients=("tile",)),
+    Attention(64, 64, is_causal=True, entropy=True, gradients=("tile",), values=False),
+    Attention(64, 32, dense=True, entropy=True, gradients=("tile",), values=False),
     Attention(128, 128, entropy=True, gradients=("row", "block", "tile")),
     Attention(64, 128, entropy=True, is_causal=True, gradients=("row", "block", "tile")),
     Attention(
@@ -458,6 +506,7 @@ CASES = (
     SoftCells(128, 128, dtype=torch.float16, weights=True),
     SoftCells(1024, 1024, weights=True),
     SoftCells(64, 64, dtype=torch.float32),
+    SoftCells(3, 64, dtype=torch.float32),
     SoftCells(40, 128, dtype=torch.float32, weights=True),
     SoftCells(96, 1024, dtype=torch.float32),
     SoftCells(64, 10, halfspaces=True, weights=True),
@@ -476,6 +525,11 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (128, 128), torch.float16, is_causal=True, kv_len=1000),
         Hopper(64, (64, 64)),
         Hopper(64, (256, 128), dense=True),
+        BackwardForHopper(128),
+        BackwardForHopper(64, torch.float16, is_causal=True, kv_len=1000, dense=True),
+        Hopper(128, (128, 128), row_entropy=True),
+        Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),
+        Hopper(64, (64, 64), lens=True, dense=True, block_entropy=True),
     )
 }
 

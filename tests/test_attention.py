@@ -262,6 +262,34 @@ def test_kernel_gradient_of_one_entropy(case: Case, kind: str, device: str) -> N
     check_entropy_gradients(case, device, "triton", (kind,), with_out=False)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(is_causal=True, lens=True),
+        Case(batch=1, q_len=40, kv_len=50, density=None, kv_heads=1),
+        Case(batch=1, q_len=40, kv_len=50, is_causal=True, window=20, scale=-0.3),
+    ],
+    ids=str,
+)
+def test_tile_entropy_takes_no_values(case: Case, backend: str, device: str) -> None:
+    problem = case.build(device)
+    options = dict(entropy_options(problem), backend=backend)
+    query, key, value = problem.leaves()
+    _, entropy = ea.attention_with_entropy(query, key, value, kinds=("tile",), **options)
+    alone = ea.api.tile_entropy(query, key, **options)
+    torch.testing.assert_close(alone, entropy.tile, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(ea.api.tile_entropy(query, key, **options), alone)
+    weight = torch.randn_like(alone)
+    expected = torch.autograd.grad((entropy.tile * weight).sum(), (query, key))
+    for got, wanted in zip(
+        torch.autograd.grad((alone * weight).sum(), (query, key)), expected, strict=True
+    ):
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 @on_gpu
 def test_kernel_entropy_gradients_match_dense_at_real_sizes(case: Case) -> None:
     check_entropy_gradients(case, "cuda", "triton")
@@ -336,6 +364,7 @@ def test_tiles_by_the_copy_engine(case: Case, device: str, monkeypatch) -> None:
     monkeypatch.setattr(backward, "backward_config", lambda *args, **kwargs: backward_config)
     check_forward_and_backward(case, device, "triton")
     check_entropy_gradients(case, device, "triton")
+    check_entropy_gradients(case, device, "triton", ("tile",), with_out=False)
 
 
 @st.composite
@@ -379,6 +408,28 @@ def test_tile_mass_matches_dense(backend: str, device: str) -> None:
         for dtype in (torch.float64, torch.float32)
     )
     assert_close_to_reference(mass, plain, exact, "tile mass")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_lengths_may_be_a_view(backend: str, device: str) -> None:
+    """Kernels read them as adjacent numbers."""
+    query = torch.randn(3, 1, 40, 16, device=device)
+    mask = ea.BlockMask.full(3, 1, 40, 40, 16, device=device)
+    views = (
+        torch.tensor([25], dtype=torch.int32, device=device).expand(3),
+        torch.tensor([9, 0, 33, 0, 40, 0], dtype=torch.int32, device=device)[::2],
+    )
+    for lens in views:
+        found, expected = (
+            ea.block_sparse_attention(query, query, query, mask, kv_lens=x, backend=backend)
+            for x in (lens, lens.contiguous())
+        )
+        assert torch.equal(found, expected)
+        kept, wanted = (
+            ea.select_blocks(query, query, block_size=16, kv_lens=x, backend=backend).to_dense()
+            for x in (lens, lens.contiguous())
+        )
+        assert torch.equal(kept, wanted)
 
 
 @pytest.mark.gpu

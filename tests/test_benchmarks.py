@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from entropy_attn.benchmarks.check import expected
 from entropy_attn.benchmarks.contest import contest
 from entropy_attn.benchmarks.prose import paragraphs, prose
 from entropy_attn.benchmarks.registry import SUITES, Context, short
+from entropy_attn.benchmarks.resume import among
 from entropy_attn.benchmarks.store import SCHEMA, Record, Store, default_directory
 from entropy_attn.benchmarks.suites.crossover import break_even_density, write_crossover
 from entropy_attn.selection import Antidiagonal, Perplexity, Pooled, TopK
@@ -168,6 +170,22 @@ def test_random_blocks_keep_the_density(is_causal, irregular):
     assert rows_differ == irregular
 
 
+def test_patterns_of_blocks():
+    case = AttentionCase(16, 64 * 32, 0.25, 32, pattern="banded")
+    banded = random_blocks(case, torch.Generator().manual_seed(0), CPU)
+    distance = (torch.arange(64)[:, None] - torch.arange(64)).abs()
+    assert (banded.sum(-1) == 16).all()
+    assert distance.where(banded[0, 0], 0).max() <= 16  # at the edges a band has one side
+    clustered = replace(case, pattern="clustered")
+    kept = random_blocks(clustered, torch.Generator().manual_seed(0), CPU).float()
+    random = random_blocks(
+        replace(case, pattern=None), torch.Generator().manual_seed(0), CPU
+    ).float()
+    # Rows of a cluster keep the same blocks: their overlap is far from that of random rows.
+    overlaps = [(x @ x.mT / 16 > 0.6).float().mean() for x in (kept, random)]
+    assert overlaps[0] > 0.1 > 0.03 > overlaps[1]
+
+
 def test_work_counts_visited_tiles_only():
     inputs = make_inputs(TINY, CPU, 0)
     tiles = inputs.mask.to_dense().sum().item()
@@ -218,8 +236,6 @@ def test_every_contestant_runs_or_says_why_not():
 
 
 def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
-    from dataclasses import replace
-
     def broken(inputs):
         raise RuntimeError("no kernel\nfor this")
 
@@ -245,7 +261,8 @@ def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
 )
 def test_small_suites_run_on_a_cpu(suite, tmp_path):
     said = []
-    rows = list(SUITES[suite].run(Context(CPU, False, tmp_path, said.append)))
+    context = Context(CPU, False, tmp_path, said.append)
+    rows = list(SUITES[suite].run(context))
     assert said
     ours = [row for row in rows if row.is_ours and row.result["status"] != "unavailable"]
     assert ours
@@ -253,6 +270,14 @@ def test_small_suites_run_on_a_cpu(suite, tmp_path):
     assert all(row.config["form"] == "small" for row in rows)
     keys = {json.dumps(row.config, sort_keys=True) for row in rows}
     assert len(keys) == len(rows)
+    assert_resumed(suite, context, rows)
+
+
+def assert_resumed(suite, context, rows):
+    """Once all is measured there is nothing left, but what cannot be measured here."""
+    measured = [json.loads(json.dumps(r.config)) for r in rows if r.result["status"] == "ok"]
+    again = SUITES[suite].run(replace(context, is_measured=among(measured)))
+    assert {row.result["status"] for row in again} <= {"unavailable"}
 
 
 def test_choices_are_named_as_they_are_written():

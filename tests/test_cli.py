@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import entropy_attn as ea
 from entropy_attn import cli
+from entropy_attn.benchmarks import environment as environments
 from entropy_attn.benchmarks.registry import SUITES, Row, Suite
 from entropy_attn.benchmarks.store import Record, Store
 
@@ -105,6 +106,81 @@ def test_the_small_form_says_that_it_is_small(invoke, suite, tmp_path, monkeypat
     assert "no GPU, so this is the small form" in (
         invoke("bench", "attention", "--out", tmp_path).output
     )
+
+
+def test_a_suite_that_lacks_something_says_so_and_fails(invoke, monkeypatch, tmp_path):
+    class Lacking(Suite):
+        def run(self, context):
+            yield Row({"k": 1}, {"status": "ok"}, "first row")
+            raise ImportError("no kornia")
+
+    monkeypatch.setitem(SUITES, "attention", Lacking("attention", "a fake"))
+    result = invoke("bench", "attention", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "attention needs more than is here: no kornia" in result.output
+    assert len(Store(tmp_path).load("attention")) == 1
+
+
+# --- resumed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    """A suite of cases 1, 2 and 3, of two contestants each."""
+
+    class Fake(Suite):
+        def run(self, context):
+            cases = context.left((1, 2, 3), lambda k: {"k": k}, ("ours", "rival"))
+            context.progress(f"left: {cases}")
+            for k in cases:
+                for name in ("ours", "rival"):
+                    config = {"form": context.form, "k": k, "contestant": name}
+                    yield Row(config, {"status": "ok"}, "row")
+
+    monkeypatch.setitem(SUITES, "attention", Fake("attention", "a fake"))
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """Let the sources be of a commit, on this machine without a GPU."""
+
+    def use(commit: str | None, dirty: bool | None) -> dict:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr(environments, "_commit", lambda: (commit, dirty))
+        environments.environment.cache_clear()
+        return environments.environment()
+
+    yield use
+    environments.environment.cache_clear()
+
+
+def test_a_suite_goes_on_where_it_was_cut_off(invoke, cases, sources, tmp_path):
+    machine = sources("abc", False)
+    store = Store(tmp_path)
+
+    def add(k: int, name: str, status: str = "ok", **other) -> None:
+        config = {"form": "small", "k": k, "contestant": name}
+        store.append(Record("attention", config, {"status": status}, machine | other))
+
+    add(1, "ours")
+    add(1, "rival")
+    add(2, "ours")  # cut off before the rival
+    for stale in ({"commit": "old"}, {"gpu": "G2"}, {"dirty": True}):
+        add(2, "rival", **stale)
+    add(2, "rival", "failed")
+    run = ("bench", "attention", "--out", tmp_path)
+    assert "left: [2, 3]" in invoke(*run, "--resume").output
+    assert "left: []" in invoke(*run, "--resume").output
+    assert "left: [1, 2, 3]" in invoke(*run).output
+
+
+@pytest.mark.parametrize(("commit", "dirty"), [("abc", True), (None, None)])
+def test_what_no_commit_names_is_measured_again(invoke, cases, sources, tmp_path, commit, dirty):
+    sources(commit, dirty)
+    for _ in range(2):
+        result = invoke("bench", "attention", "--out", tmp_path, "--resume")
+        assert "left: [1, 2, 3]" in result.output
+        assert "--resume leaves nothing out" in result.output
 
 
 def test_report_fills_pages_and_derives_the_crossover_data(invoke, tmp_path):

@@ -27,7 +27,7 @@ KERNELS = {
     "statistics_kernel", "tile_gradient_kernel", "tile_mass_kernel",
 }  # fmt: skip
 # Of one architecture alone.
-OWN = {"sm90": {"order_kernel"}}
+OWN = {"sm90": {"order_kernel", "backward_kernel"}}
 
 
 def jit_functions() -> set[str]:

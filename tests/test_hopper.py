@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from itertools import groupby
 
 import pytest
 import torch
+from attention_cases import Case
 
 import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.kernels.hopper.order import heads_together, work_order
+from entropy_attn.reference import attention as reference
+from entropy_attn.reference import dense
+from entropy_attn.testing import assert_close_to_reference
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -34,17 +39,28 @@ def irregular_blocks(batch, heads, q_len, kv_len, block_size, device) -> torch.T
     return dense
 
 
+def some_lengths(batch, q_len, kv_len, device) -> dict[str, torch.Tensor]:
+    """Valid lengths of batch rows, the first row with fewer queries than keys."""
+    lens = {"kv_lens": [kv_len - kv_len // 8, kv_len // 3], "q_lens": [q_len // 3 + 1, q_len]}
+    return {k: torch.tensor(n[:batch], dtype=torch.int32, device=device) for k, n in lens.items()}
+
+
+@pytest.mark.parametrize("given", [(), ("kv_lens",), ("q_lens",), ("kv_lens", "q_lens")])
 @pytest.mark.parametrize("is_listed", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_work_order(problem, is_listed, device):
+def test_work_order(problem, is_listed, given, device):
     batch, heads, kv_heads, q_len, kv_len, block_size, is_causal = problem
-    dense = irregular_blocks(batch, heads, q_len, kv_len, block_size, device)
-    mask = ea.BlockMask.from_dense(dense, block_size, q_len, kv_len)
+    blocks = irregular_blocks(batch, heads, q_len, kv_len, block_size, device)
+    mask = ea.BlockMask.from_dense(blocks, block_size, q_len, kv_len)
     query = torch.zeros(batch, heads, q_len, 64, dtype=torch.bfloat16, device=device)
     key = torch.zeros(batch, kv_heads, kv_len, 64, dtype=torch.bfloat16, device=device)
     lists = (mask.kv_num_blocks, mask.kv_indices) if is_listed else (None, None)
     block_m, l2_bytes = min(block_size[0], 128), 1 << 20
-    items = work_order(query, key, *lists, block_size, block_m, is_causal, l2_bytes).tolist()
+    lens = some_lengths(batch, q_len, kv_len, device)
+    lens = {name: lens[name] for name in given}
+    items = work_order(
+        query, key, *lists, block_size, block_m, is_causal, l2_bytes, **lens
+    ).tolist()
 
     tiles = -(-q_len // block_m)
     assert items.pop()[0] == 0
@@ -52,27 +68,74 @@ def test_work_order(problem, is_listed, device):
     together = heads_together(batch * heads, heads // kv_heads, tiles, kv_len, 64, 2, l2_bytes)
     groups = [item[0] // tiles // together for item in items]
     assert groups == sorted(groups)
-    if not (is_causal and is_listed):  # there the lengths that order them are bounds
+    is_bound = is_listed and (is_causal or "kv_lens" in given)
+    if not is_bound:  # else the lengths that order them are bounds
         for _, group in groupby(items, lambda item: item[0] // tiles // together):
             lengths = [item[1] for item in group]
             assert lengths == sorted(lengths, reverse=True)
 
     if not is_listed:
-        dense = torch.ones_like(dense)
-    visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-    if is_causal:
-        visible = visible.tril(kv_len - q_len)
+        blocks = torch.ones_like(blocks)
+    visible = dense.visible_pairs(
+        batch, q_len, kv_len, is_causal=is_causal, device=device, **lens
+    ).expand(batch, 1, q_len, kv_len)
     for number, last, full, _ in items:
         head, tile = divmod(number, tiles)
-        rows = visible[tile * block_m : (tile + 1) * block_m]
-        row = dense[head // heads, head % heads, tile * block_m // block_size[0]]
+        row = head // heads
+        q_end = int(lens["q_lens"][row]) if "q_lens" in given else q_len
+        rows = visible[row, 0, tile * block_m : min((tile + 1) * block_m, q_end)]
+        listed = blocks[row, head % heads, tile * block_m // block_size[0]]
         seen = []
-        for column in row.nonzero().flatten().tolist():
+        for column in listed.nonzero().flatten().tolist():
             keys = rows[:, column * block_size[1] : (column + 1) * block_size[1]]
             is_whole = (column + 1) * block_size[1] <= kv_len
-            seen.append((bool(keys.any()), bool(keys.all()) and is_whole))
+            seen.append((bool(keys.any()), len(keys) > 0 and bool(keys.all()) and is_whole))
         assert last == sum(some for some, _ in seen)
         assert full == sum(every for _, every in seen)
+
+
+def check_forward(problem, dtype, head_dim, kinds=(), has_lens=False) -> None:
+    from entropy_attn.kernels.hopper.forward import hopper_forward, unsupported
+
+    batch, heads, kv_heads, q_len, kv_len, block_size, is_causal = problem
+    blocks = irregular_blocks(batch, heads, q_len, kv_len, block_size, "cuda")
+    mask = ea.BlockMask.from_dense(blocks, block_size, q_len, kv_len)
+    lens = some_lengths(batch, q_len, kv_len, "cuda") if has_lens else {}
+    # Sharp scores raise the running maximum by more than its lag.
+    query = 8 * torch.randn(batch, heads, q_len, head_dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, batch, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype)
+    scale = head_dim**-0.5
+    assert unsupported(query, key, value, block_size, scale) is None
+    lists = mask.kv_num_blocks, mask.kv_indices
+    wanted = {f"{kind}_entropy": kind in kinds for kind in ("row", "block")}
+    out, lse, *entropies = hopper_forward(
+        query, key, value, *lists, block_size, is_causal, scale, **lens, **wanted
+    )
+
+    ends = lens.get("kv_lens"), lens.get("q_lens")
+    same = reference.Problem(*lists, *ends, block_size, is_causal, 0, scale)
+    truth, true_lse, *true_entropies = reference.attention_forward(
+        query.double(), key.double(), value.double(), same, **wanted
+    )
+    own, _, *own_entropies = reference.attention_forward(query, key, value, same, **wanted)
+    assert_close_to_reference(out, own, truth, "out")
+    assert torch.equal(lse.isinf(), true_lse.isinf())
+    torch.testing.assert_close(lse, true_lse.float(), atol=1e-4, rtol=1e-5)
+    assert (out[lse.isinf()] == 0).all()
+    # An error of the scores moves an entropy by at most the spread of log p, about log N, times it.
+    size = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max() * scale
+    size = size.item() * math.log(kv_len)
+    for kind, *found in zip(
+        ("row", "block"), entropies, own_entropies, true_entropies, strict=True
+    ):
+        if kind not in kinds:
+            assert found[0].numel() == 0
+            continue
+        assert (found[0] >= 0).all()
+        assert (found[0][lse.isinf()] == 0).all()
+        # An entropy is a difference of logarithms: its rounding is that of log N.
+        found = [entropy + math.log(kv_len) + 1.0 for entropy in found]
+        assert_close_to_reference(*found, f"{kind} entropy", magnitude=size)
 
 
 @hopper
@@ -81,31 +144,45 @@ def test_work_order(problem, is_listed, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_forward(problem, dtype, head_dim):
-    from entropy_attn.kernels.hopper.forward import hopper_forward, unsupported
+    check_forward(problem, dtype, head_dim)
 
-    batch, heads, kv_heads, q_len, kv_len, block_size, is_causal = problem
-    dense = irregular_blocks(batch, heads, q_len, kv_len, block_size, "cuda")
-    mask = ea.BlockMask.from_dense(dense, block_size, q_len, kv_len)
-    # Sharp scores raise the running maximum by more than its lag.
-    query = 8 * torch.randn(batch, heads, q_len, head_dim, device="cuda", dtype=dtype)
-    key, value = torch.randn(2, batch, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype)
-    scale = head_dim**-0.5
-    assert unsupported(query, key, value, block_size, scale) is None
-    lists = mask.kv_num_blocks, mask.kv_indices
-    out, lse = hopper_forward(query, key, value, *lists, block_size, is_causal, scale)
 
-    def reference(*tensors):
-        return ea.block_sparse_attention(
-            *tensors, mask, is_causal=is_causal, return_lse=True, backend="reference"
-        )
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 80), (torch.bfloat16, 128)]
+)
+@pytest.mark.parametrize(
+    ("kinds", "has_lens"),
+    [((), True), (("row",), False), (("block",), True), (("row", "block"), False)],
+)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_entropies_and_lengths(problem, kinds, has_lens, dtype, head_dim):
+    check_forward(problem, dtype, head_dim, kinds, has_lens)
 
-    truth, true_lse = reference(query.double(), key.double(), value.double())
-    own, _ = reference(query, key, value)
-    rounding = torch.finfo(dtype).eps * truth.abs().max()
-    assert (out - truth).abs().max() <= 2 * (own - truth).abs().max() + rounding
-    assert torch.equal(lse.isinf(), true_lse.isinf())
-    torch.testing.assert_close(lse, true_lse.float(), atol=1e-4, rtol=1e-5)
-    assert (out[lse.isinf()] == 0).all()
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, (64, 64), 300, 400, heads=4, kv_heads=2, dtype=torch.bfloat16, lens=True),
+        Case(128, (128, 64), 300, 300, heads=4, dtype=torch.float16, is_causal=True),
+        Case(128, (128, 128), 512, 700, dtype=torch.bfloat16, is_causal=True, lens=True),
+        Case(64, (128, 128), 512, 512, dtype=torch.bfloat16, density=None),
+    ],
+    ids=str,
+)
+def test_as_a_part_of_the_package(case, monkeypatch):
+    """Called through the API, differentiated by the portable backward."""
+    from test_attention import check_entropies, check_entropy_gradients
+
+    monkeypatch.setattr(ops, "SMALL", 0)
+    query, key, value = case.build("cuda").inputs
+    geometry = (case.block_size, case.is_causal, 0, case.head_dim**-0.5)
+    assert ops.forward_kernel(query, key, value, *geometry, entropy=True)[0] == ops.HOPPER
+    check_entropies(case, "cuda", "triton")
+    check_entropy_gradients(case, "cuda", "triton")
 
 
 @hopper
@@ -136,8 +213,8 @@ def test_so_many_tiles_are_not_all_compared():
         ({}, ops.HOPPER, "memory accelerator"),
         ({"length": 4096}, ops.PORTABLE, "so small"),
         ({"length": 16}, ops.DECODE, "at most 16 queries"),
-        ({"entropy": True}, ops.PORTABLE, "no entropies"),
-        ({"entropy": True, "length": 16}, ops.PORTABLE, ""),
+        ({"entropy": True}, ops.HOPPER, ""),
+        ({"entropy": True, "length": 16}, ops.PORTABLE, "so small"),
         ({"window": 100}, ops.PORTABLE, "no window"),
         ({"dtype": torch.float32}, ops.PORTABLE, "fp16 and bf16"),
         ({"head_dim": 72}, ops.HOPPER, ""),

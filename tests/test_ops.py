@@ -44,6 +44,20 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_without_values(backend: str, device: str) -> None:
+    case = Case(batch=1, heads=1, kv_heads=1, q_len=16, kv_len=20, density=None)
+    problem, lists, geometry = op_arguments(case, device)
+    pair = (*problem.leaves()[:2], None)
+    arguments = (*pair, *lists, *geometry, False, False, True, True, backend)
+    torch.library.opcheck(ops.attention_forward, arguments)
+    with torch.no_grad():
+        out, lse, _, _, tile, mass = ops.attention_forward(*arguments)
+        grads, saved = (*[None] * 4, torch.randn_like(tile)), (out, lse, None, None, mass)
+        backward = (*grads, *pair, *saved, *lists, *geometry, backend)
+        torch.library.opcheck(ops.attention_backward, backward)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend: str, device: str) -> None:
     problem = Case(is_causal=True, q_len=48, kv_len=48).build(device)
     mask = problem.block_mask

@@ -101,6 +101,19 @@ def test_one_machine_a_page(store, tmp_path):
     assert "GPU Two" not in path.read_text()
 
 
+def test_suites_that_ran_elsewhere_name_the_machine(store, tmp_path):
+    config = {"form": "full", "batch": 8, "length": 65536, "heads": 32, "kv_heads": 8}
+    config |= {"density": 1.0, "queries": 1, "contestant": "entropy-attn"}
+    result = {"status": "ok", "median_ms": 1.0, "bandwidth": 0.5}
+    path = tmp_path / "report.html"
+    for gpu in ("GPU Two", "GPU One"):
+        store.append(Record("decode", config, result, MACHINE | {"gpu": gpu}))
+        write_page(store, path, "GPU One")
+        text = path.read_text()
+        assert "Decoding" in text
+        assert ("GPU Two" in text) == (gpu == "GPU Two")
+
+
 def test_no_page_without_records(tmp_path):
     path = tmp_path / "report.html"
     assert not write_page(Store(tmp_path / "nothing"), path)

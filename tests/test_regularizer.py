@@ -112,11 +112,11 @@ def measure_over(draws: int, fraction: float, model, run, monkeypatch) -> float:
     options = WHOLE | {"tile_fraction": fraction}
     with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
         for draw in range(draws):
-            regularizer._host_draws = [(draw + 0.5) / draws] * 2
-            regularizer._draws.fill_((draw + 0.5) / draws)
+            for layer in regularizer.layers:
+                layer.draw = (draw + 0.5) / draws
             run()
             regularizer.penalty()
-    return sum(s.measure.item() for s in sums) / sum(s.count.item() for s in sums)
+    return sum(s.measure.item() for s in sums) / sum(float(s.count) for s in sums)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -176,9 +176,10 @@ def test_every_block_is_as_likely(batch, tiles, fraction):
     sample = Sample.of(fraction, batch, tiles)
     draws = 2 * batch * tiles * sample.size
     taken = torch.zeros(batch, tiles)
-    for draw in (torch.arange(draws, dtype=torch.float64) + 0.5) / draws:
-        first = sample.first_row(float(draw))
-        chosen = sample.chosen_tiles(draw[None])
+    for index in range(draws):
+        draw = (index + 0.5) / draws
+        first = sample.first_row(draw)
+        chosen = sample.chosen_tiles([draw])
         rows = slice(first, first + sample.rows)
         taken[rows] += 1 if chosen is None else chosen
         if chosen is not None:
@@ -192,8 +193,8 @@ def _measures_of_samples(model, fraction: float, draws: int) -> list[float]:
     options = WHOLE | {"tile_fraction": fraction}
     with ea.EntropyRegularizer(model, weight=1.0, **options) as regularizer:
         for draw in range(draws):
-            regularizer._host_draws = [(draw + 0.5) / draws] * 2
-            regularizer._draws.fill_((draw + 0.5) / draws)
+            for layer in regularizer.layers:
+                layer.draw = (draw + 0.5) / draws
             loss_of(model)
             found.append(regularizer.penalty().item())
     return found
@@ -345,16 +346,16 @@ def test_half_of_the_layers():
 
 def test_fixed_weight_warms_up():
     control = FixedWeight(3.0, warmup_steps=4)
-    weights = [float(control.weight(torch.tensor(float(step)))) for step in range(6)]
+    weights = [float(control.weight(step)) for step in range(6)]
     assert weights == pytest.approx([0.75, 1.5, 2.25, 3.0, 3.0, 3.0])
-    assert float(FixedWeight(3.0, 0).weight(torch.tensor(0.0))) == 3.0
+    assert float(FixedWeight(3.0, 0).weight(0)) == 3.0
 
 
 def steer(control: DualAscent, response, steps: int) -> list[float]:
     """Densities of a model whose density follows the multiplier after a delay."""
     density, seen = response(0.0), []
     for step in range(steps):
-        control.update(torch.tensor(density), torch.tensor(float(step)))
+        control.update(torch.tensor(density), step)
         wanted = response(float(control.state["multiplier"]))
         density += 0.05 * (wanted - density)
         seen.append(density)
@@ -386,7 +387,7 @@ def test_dual_ascent_does_not_diverge():
     steer(control, lambda weight: 0.4, 5000)
     assert float(control.state["multiplier"]) == 2.0
     for step in range(5):
-        control.update(torch.tensor(0.02), torch.tensor(5000.0 + step))
+        control.update(torch.tensor(0.02), 5000 + step)
     assert float(control.state["multiplier"]) < 2.0
 
 

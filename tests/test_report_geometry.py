@@ -17,6 +17,7 @@ from entropy_attn.benchmarks.hulls import HullPlan  # noqa: E402
 from entropy_attn.benchmarks.orders import all_orders  # noqa: E402
 from entropy_attn.benchmarks.registry import SUITES, Context  # noqa: E402
 from entropy_attn.benchmarks.report import draw, fill  # noqa: E402
+from entropy_attn.benchmarks.resume import among  # noqa: E402
 from entropy_attn.benchmarks.store import Record, Store  # noqa: E402
 from entropy_attn.benchmarks.suites import geometry as suite  # noqa: E402
 
@@ -103,6 +104,8 @@ def test_the_suite_runs(tmp_path, monkeypatch) -> None:
     for row in measured:
         store.append(Record("geometry", row.config, row.result))
     assert len(store.latest("geometry")) == len(measured)
+    done = replace(context, is_measured=among([row.config for row in measured]))
+    assert {row.result["status"] for row in SUITES["geometry"].run(done)} <= {"unavailable"}
 
 
 def test_orders_to_compare_are_permutations() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from functools import partial
+
 import pytest
+import timm_or_stub  # noqa: F401  (timm, also where torchvision is not installed)
 import torch
 
 pytest.importorskip("transformers")
@@ -12,6 +17,7 @@ from transformers import AttentionInterface, ViTConfig, ViTForImageClassificatio
 from entropy_attn.benchmarks import report_models, whole_models
 from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.report import fill
+from entropy_attn.benchmarks.resume import among
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.suites import llm, vit
 from entropy_attn.benchmarks.whole_models import (
@@ -69,13 +75,6 @@ def test_the_record_says_what_ran_sparse(model, inputs):
     assert "4096" in dense["why_dense"]
 
 
-def test_what_torch_compile_traced_counts_as_ran(model, inputs):
-    prepared = whole_models.prepare(ours(0.75, **SPARSE).in_graph, model)
-    prepared.compiled = torch.compile(prepared.model, backend="eager", dynamic=False)
-    prepared.call(inputs, "logits")
-    assert whole_models._what_ran(prepared)["sparse_calls"] == 1.0
-
-
 def test_wrong_attention_is_reported_and_not_timed(model, inputs):
     def uniform(module, query, key, value, attention_mask, **_):
         return value.mean(2, keepdim=True).expand_as(query).transpose(1, 2).contiguous(), None
@@ -118,17 +117,64 @@ def test_flash_only_is_the_yardstick(model, inputs):
         assert found["SDPA"]["over_flash"] > 0
 
 
-@pytest.mark.parametrize("suite", [vit, llm])
-def test_the_small_form_runs(suite, tmp_path):
-    rows = list(suite.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
-    cases = len(suite.cases("small"))
-    assert [row.result["status"] for row in rows] == ["ok"] * 4 * cases
+@pytest.mark.parametrize(("suite", "models"), [(vit, 2), (llm, 2)])
+def test_the_small_form_runs(suite, models, tmp_path):
+    context = Context(torch.device("cpu"), quick=False, out=tmp_path)
+    rows = list(suite.run(context))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4 * models
+    done = replace(context, is_measured=among([row.config for row in rows]))
+    assert list(suite.run(done)) == []
     mine = [row for row in rows if row.is_ours]
-    assert len(mine) == cases
-    for row in mine:
-        assert row.result["sparse_calls"] == 1.0
-        assert row.result["density"] < 1.0
-        assert row.config["sparsity"] > 0
+    assert len(mine) == models
+    for each in mine:
+        assert each.result["sparse_calls"] == 1.0
+        assert each.result["density"] < 1.0
+        assert each.config["sparsity"] > 0
+
+
+def test_what_timm_measured_is_not_taken_for_transformers(tmp_path):
+    context = Context(torch.device("cpu"), quick=False, out=tmp_path)
+    config = {**vit.Case(64, 1, depth=2, library=vit.TIMM).config(), "form": "small"}
+    timm_alone = replace(context, is_measured=among([{**config, "contestant": OURS}]))
+    rows = list(vit.run(timm_alone))
+    assert [row.config.get("library") for row in rows] == [None] * 4
+
+
+def test_without_timm_its_model_is_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    rows = list(vit.run(Context(torch.device("cpu"), quick=False, out=tmp_path)))
+    assert [row.result["status"] for row in rows] == ["ok"] * 4 + ["unavailable"]
+    assert "timm cannot be imported" in rows[-1].text
+
+
+@pytest.fixture
+def timm_model():
+    return vit._of_timm(vit.Case(64, 1, depth=3, library=vit.TIMM)).to(torch.bfloat16).eval()
+
+
+def test_graphs_of_timm_are_whole_and_each_its_own(timm_model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    eager = [SDPA, ours(0.75, **SPARSE), LIMIT]
+    found = contest(timm_model, {"x": pixels}, *eager, *(a.in_graph for a in eager))
+    assert {result["status"] for result in found.values()} == {"ok"}, found
+    assert found["entropy-attn, compiled"]["sparse_calls"] == 1.0
+    assert found["entropy-attn, compiled"]["graph_breaks"] == 0
+    outputs = [
+        [whole_models.prepare(a, timm_model).call({"x": pixels}, "logits") for a in pair]
+        for pair in ((a, a.in_graph) for a in eager)
+    ]
+    for plain, compiled in outputs:
+        torch.testing.assert_close(plain, compiled)
+    assert not torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_a_graph_that_breaks_is_not_timed(timm_model, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    timm_model.blocks[0].register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    result = contest(timm_model, {"x": torch.randn(1, 3, 64, 64).bfloat16()}, SDPA.in_graph)
+    assert result["SDPA, compiled"]["status"] == "failed"
+    assert "median_ms" not in result["SDPA, compiled"]
 
 
 @pytest.mark.parametrize("suite", [vit, llm])
@@ -157,7 +203,7 @@ def store(tmp_path):
         result = {"status": "ok", "median_ms": ms}
         image = {**shared, "size": 1024, "batch": 8}
         store.append(Record("vit", image, {**result, "images_per_s": 8e3 / ms}, MACHINE))
-        text = {**shared, "model": "LLaMA-2-7B", "tokens": 32768, "phase": "prefill"}
+        text = {**shared, "model": "LLaMA-2-7B", "tokens": 32768}
         store.append(Record("llm", text, {**result, "tokens_per_s": 32768e3 / ms}, MACHINE))
     return store
 
@@ -172,18 +218,53 @@ def test_tables_compare_with_flash_attention(store):
     assert "| entropy-attn (80% sparse) | 4,096,000 (1.25 x) |" in page
 
 
+def test_compiled_ones_of_timm_stand_beside_the_eager_ones(store):
+    """Also a baseline of a plugin; transformers' compiled ones were of an earlier version."""
+    shared = {"form": "full", "sparsity": 0.0, "dtype": "bfloat16", "size": 1024, "batch": 8}
+    for extra, result in (
+        ({"contestant": "SDPA, compiled", "library": "timm"}, {"images_per_s": 111.0}),
+        ({"contestant": "SDPA, compiled"}, {"images_per_s": 222.0}),
+        ({"contestant": "mine"}, {"images_per_s": 333.0, "version": "1"}),
+    ):
+        result |= {"status": "ok", "median_ms": 5.0}
+        store.append(Record("vit", {**shared, **extra}, result, MACHINE))
+    page = fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
+    assert "| attention | 8 x 1024 px | 8 x 1024 px, timm |" in page
+    assert "| SDPA, compiled | – | 111 |" in page
+    assert "| mine | 333 (2.00 x) | – |" in page
+    assert "222" not in page
+
+
+def test_the_headline_sets_gains_beside_their_limit(store, tmp_path):
+    shared = {"form": "full", "sparsity": 0.0, "dtype": "bfloat16"}
+    config = {**shared, "model": "LLaMA-2-7B", "tokens": 32768, "contestant": "cuDNN"}
+    result = {"status": "ok", "median_ms": 9.0, "tokens_per_s": 7.0}
+    store.append(Record("llm", config, result, MACHINE))
+    page = fill("<!-- begin:models-headline -->\n<!-- end:models-headline -->", store)
+    gains = "1.25 x, limit 2.00 x | 1.12 x, limit 1.80 x"
+    assert f"| LLaMA-2-7B, 32k | 3,276,800 | 7 | 4,096,000 | 6,553,600 | {gains} |" in page
+    assert "| 8 x 1024 px | 800 | – | 1,000 | 1,600 | 1.25 x, limit 2.00 x | 1.25 x" in page
+    (llm_panel, vit_panel) = report_models.panels(store)["G1"].values()
+    assert llm_panel[OURS] == [(32768, 1.25)]
+    assert llm_panel["the fastest dense"] == [(32768, pytest.approx(10 / 9))]
+    assert vit_panel[LIMIT.name] == [(1024, 2.0)]
+    (path,) = report_models.draw(store, tmp_path)
+    assert path.stat().st_size > 0
+    assert [value for value, _ in report_models.cards(store)] == ["1.25 x", "1.25 x"]
+
+
 def test_what_ran_dense_says_so(store):
     for record in store.load("vit", contestant=OURS):
         store.append(Record("vit", record.config, {**record.result, "sparse_calls": 0.0}, MACHINE))
-    assert "(1.25 x) dense |" in fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
+    assert "1,000 dense (1.25 x) |" in fill("<!-- begin:vit -->\n<!-- end:vit -->", store)
 
 
 def test_the_papers_claims_are_judged(store, tmp_path):
     text, verdict = report_models.judge_vit(store)
-    assert text == "1024 px: 2.50 x eager, 1.25 x FlashAttention-2"
+    assert text == "1024 px: 2.50 x eager, 1.25 x FlashAttention-2 (G1)"
     assert verdict == "does not hold"  # of FlashAttention's 1.63 x the paper makes 2.07 x
     text, verdict = report_models.judge_llm(store)
-    assert text == "LLaMA-2-7B, 32k: 1.25 x FlashAttention-2"
+    assert text == "LLaMA-2-7B, 32k: 1.25 x FlashAttention-2 (G1)"
     assert verdict == "does not hold"
     assert report_models.judge_vit(Store(tmp_path / "none")) is None
     assert report_models.judge_llm(Store(tmp_path / "none")) is None

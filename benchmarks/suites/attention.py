@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS, OURS_WITH_ENTROPY
+from entropy_attn.benchmarks.baselines import (
+    CONTESTANTS,
+    OURS,
+    OURS_DETERMINISTIC,
+    OURS_WITH_ENTROPY,
+)
 from entropy_attn.benchmarks.cases import AttentionCase
 from entropy_attn.benchmarks.contest import Outcome, contest
+from entropy_attn.benchmarks.plugins import REGISTERED
 from entropy_attn.benchmarks.registry import Context, Row
 
 # In sparse cases these stand for dense attention.
@@ -44,21 +50,39 @@ def cases(form: str) -> list[AttentionCase]:
         AttentionCase(head_dim, 8192, 0.25, block=64, direction="backward")
         for head_dim in (128, 64)
     ]
+    found.append(AttentionCase(128, 8192, 0.25, irregular=True, direction="backward"))
+    quarter = AttentionCase(128, 16384, 0.25)
+    found += [replace(quarter, pattern=pattern) for pattern in ("banded", "clustered")]
+    found += [replace(quarter, density=0.05), replace(quarter, block=32)]
+    # Other lengths: where launches weigh, and long ones.
+    found += [replace(quarter, length=length) for length in (1024, 2048, 4096, 65536)]
+    found += [
+        replace(quarter, length=length, head_dim=head_dim, direction="backward")
+        for length in (2048, 4096, 32768)
+        for head_dim in (128, 64)
+    ]
+    found.append(replace(quarter, length=131072, batch=1))
     return found
 
 
 def contestants(case: AttentionCase) -> list[str]:
-    """Who takes part: in sparse cases all that take block lists, and the dense anchors."""
+    """Who takes part: in sparse cases all that take block lists, and the dense anchors.
+
+    What a plugin registered takes part in all cases.
+    """
     if case.density < 1:
-        return [name for name, c in CONTESTANTS.items() if c.sparse or name in DENSE_ANCHORS]
-    ours = [OURS, OURS_WITH_ENTROPY]
-    return ours + [name for name, c in CONTESTANTS.items() if not c.sparse]
+        chosen = {name for name, c in CONTESTANTS.items() if c.sparse} | {*DENSE_ANCHORS}
+    else:
+        chosen = {name for name, c in CONTESTANTS.items() if not c.sparse}
+        chosen |= {OURS, OURS_WITH_ENTROPY, OURS_DETERMINISTIC}
+    chosen |= set(REGISTERED)
+    return [name for name in CONTESTANTS if name in chosen]
 
 
 def run(context: Context) -> Iterator[Row]:
     seconds = {"full": 1.0, "quick": 0.3, "small": 0.05}[context.form]
     told: set[tuple[str, str]] = set()
-    for case in cases(context.form):
+    for case in context.left(cases(context.form), contestants=(OURS, *REGISTERED)):
         context.progress(str(case))
         for outcome in contest(case, contestants(case), context.device, seconds=seconds):
             absence = (outcome.contestant.name, outcome.result.get("reason", ""))

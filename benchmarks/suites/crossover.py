@@ -45,7 +45,7 @@ def cases(form: str) -> tuple[list[AttentionCase], tuple[float, ...]]:
 
 def run(context: Context) -> Iterator[Row]:
     found, densities = cases(context.form)
-    for case in found:
+    for case in context.left(found, _shared):
         context.progress(f"crossover, {case.shape}")
         yield _run_case(context, case, densities)
     write_crossover(Store(context.out), context.out / DATA_FILE)
@@ -104,9 +104,11 @@ def _run_case(context: Context, case: AttentionCase, densities: Sequence[float])
 
 
 def _config(context: Context, case: AttentionCase) -> dict[str, Any]:
-    config = {"form": context.form, **case.config()}
-    del config["density"], config["irregular"]
-    return config
+    return {"form": context.form, **_shared(case)}
+
+
+def _shared(case: AttentionCase) -> dict[str, Any]:
+    return {k: v for k, v in case.config().items() if k not in ("density", "irregular")}
 
 
 def _select(inputs: Inputs, density: float) -> ea.BlockMask:

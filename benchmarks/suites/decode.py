@@ -163,7 +163,7 @@ def _sdpa(
 
 def run(context: Context) -> Iterator[Row]:
     seconds = {"full": 1.0, "quick": 0.5, "small": 0.05}[context.form]
-    for case in cases(context.form):
+    for case in context.left(cases(context.form), contestants=(OURS,)):
         context.progress(case.name)
         yield from _run_case(context, case, seconds)
         if context.on_gpu:

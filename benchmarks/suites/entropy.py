@@ -59,7 +59,8 @@ def definition(
 
 
 def run(context: Context) -> Iterator[Row]:
-    for case in cases(context.form):
+    done = {"direction": "backward"}  # the last to be written
+    for case in context.left(cases(context.form), lambda c: asdict(c) | done, (OURS,)):
         context.progress(f"entropy, {case.name}")
         yield from _run_case(context, case)
 

@@ -63,17 +63,22 @@ class Plan:
 def run(context: Context) -> Iterator[Row]:
     plan = Plan.of(context.form)
     yield from hull_rows(context)
-    for name in plan.families:
+    for name in context.left(plan.families, partial(_named, "order")):
         yield from _orders(context, name, plan)
-    for name in plan.entropy_families:
+    for name in context.left(plan.entropy_families, partial(_named, "entropy")):
         yield from _entropies(context, name, plan)
-    for name in plan.large_families:
+    for name in context.left(plan.large_families, partial(_named, "whole")):
         points = family(name, plan.large)
         yield from _triangulations(context, name, points, main_orders(points), plan)
         yield from _whole(context, name, points, plan)
-    for name in plan.real:
+    for name in context.left(plan.real, partial(_named, "triangulate")):
         yield from _real(context, name, plan)
     yield from entropy_net.run(context)
+
+
+def _named(kind: str, points: str) -> dict[str, str]:
+    """What the records of a kind share, of one set of points."""
+    return {"kind": kind, "points": points}
 
 
 # --- orders ---

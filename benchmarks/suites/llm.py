@@ -26,11 +26,13 @@ from entropy_attn.benchmarks.whole_models import (
     EAGER,
     FLASH_ONLY,
     LIMIT,
+    OURS,
     SDPA,
     Attention,
     contest,
     ours,
     ours_decoding,
+    registered,
     row,
 )
 
@@ -62,14 +64,6 @@ class Case:
             return f"{self.model}, {self.tokens} tokens"
         return f"{self.model}, decoding {self.batch} x {self.tokens}"
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """As it is recorded."""
-        config = asdict(self) | {"phase": self.phase}
-        if self.phase == PREFILL:
-            del config["batch"]
-        return config
-
 
 def cases(form: str) -> list[Case]:
     if form == "small":
@@ -100,7 +94,9 @@ def decoding_attentions(form: str) -> tuple[Attention, ...]:
 
 def run(context: Context) -> Iterator[Row]:
     made: tuple[str, Any] = ("", None)
-    for case in cases(context.form):
+    others = registered()
+    names = (OURS, *(attention.name for attention in others))
+    for case in context.left(cases(context.form), _shared, names):
         if made[0] != case.model:
             made = ("", None)  # the old one must be gone before there is a new one
             context.progress(f"making {case.model}")
@@ -109,25 +105,37 @@ def run(context: Context) -> Iterator[Row]:
             except ModelNotFound as error:
                 context.progress(f"{case.name} is left out: {error}")
                 continue
-        yield from _run_case(context, case, made[1])
+        yield from _run_case(context, case, made[1], others)
         if context.on_gpu:
             gc.collect()  # a cache of the next case may need what this one's took
             torch.cuda.empty_cache()
 
 
-def _run_case(context: Context, case: Case, model: Any) -> Iterator[Row]:
+def _run_case(
+    context: Context, case: Case, model: Any, others: tuple[Attention, ...]
+) -> Iterator[Row]:
     seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
-    inputs, few = _inputs(case, model, context.device)
-    among = attentions if case.phase == PREFILL else decoding_attentions
-    options = {"logits_to_keep": 1} | ({"use_cache": False} if case.phase == PREFILL else {})
+    if case.phase == PREFILL:
+        among, options = attentions(context.form), {"use_cache": False}
+    else:
+        among, options = decoding_attentions(context.form), {}
+        others = tuple(replace(attention, captured=context.on_gpu) for attention in others)
     found = contest(
-        among(context.form), model, inputs, few, "logits", options=options, seconds=seconds,
+        among + others, model, *_inputs(case, model, context.device), "logits",
+        options={"logits_to_keep": 1, **options}, seconds=seconds,
         progress=lambda text: context.progress(f"{case.name}: {text}"),
     )  # fmt: skip
-    config = {"form": context.form, **case.config}
+    config = {"form": context.form, **_shared(case)}
     count = case.tokens if case.phase == PREFILL else case.batch
     for attention, result in found:
         yield row(case.name, attention, result, config, SPARSITY, count, "tokens")
+
+
+def _shared(case: Case) -> dict[str, Any]:
+    config = {**asdict(case), "phase": case.phase}
+    if case.phase == PREFILL:
+        del config["batch"]
+    return config
 
 
 def _inputs(case: Case, model: Any, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -97,12 +97,16 @@ def run(context: Context) -> Iterator[Row]:
     for part in plan.texts:
         text = prose(part)
         ids = windows(tokenizer, text.text, plan.length, plan.windows, context.device)
-        shared = {"form": context.form, **_shared_config(text, plan)}
+        config = _shared_config(text, plan)
+        left = context.left(settings(context.form), lambda s, shared=config: shared | s.config())
+        if not left:
+            continue
+        shared = {"form": context.form, **config}
         context.progress(f"dense perplexity on {text.name}")
         dense = perplexity(model, ids)
         row = {"status": "ok", "perplexity": dense, "change": 0.0, "density": 1.0, "kept_mass": 1.0}
         yield Row({**shared, "family": "dense"}, row, f"{text.name} | dense: {dense:.3f}", True)
-        for setting in settings(context.form):
+        for setting in left:
             context.progress(f"{setting.name} on {text.name}")
             result = measure_setting(model, ids, setting, dense)
             result["backend"] = our_backend(context.device)

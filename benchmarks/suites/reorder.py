@@ -9,7 +9,7 @@ that only the order of the tokens differs. Besides queries sorted by cells of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -47,12 +47,14 @@ def sets_of_tokens() -> list[Tokens]:
 
 
 def run(context: Context) -> Iterator[Row]:
-    for length in lengths(context.form):
-        shape = {"batch": 1, "heads": 16}
-        if context.form == "small":
-            shape = {"batch": 1, "heads": 2, "dtype": "float32"}
-        yield from _times(context, AttentionCase(64, length, DENSITY, BLOCK, **shape))
-    for tokens in sets_of_tokens():
+    shape = {"batch": 1, "heads": 16}
+    if context.form == "small":
+        shape = {"batch": 1, "heads": 2, "dtype": "float32"}
+    found = [AttentionCase(64, n, DENSITY, BLOCK, **shape) for n in lengths(context.form)]
+    for case in context.left(found, lambda c: asdict(c) | {"kind": "time"}):
+        yield from _times(context, case)
+    last = {"kind": "density", "order": list(ORDERS)[-1]}
+    for tokens in context.left(sets_of_tokens(), lambda t: {"tokens": t.name, **last}):
         yield from _densities(context, tokens)
 
 

@@ -8,7 +8,7 @@ at a density of 0.2 in the same interleaved run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def cases(form: str) -> list[AttentionCase]:
 
 
 def run(context: Context) -> Iterator[Row]:
-    for case in cases(context.form):
+    for case in context.left(cases(context.form), lambda c: asdict(c) | {"kind": ATTENTION}):
         yield from _run_case(context, case)
 
 

@@ -70,7 +70,7 @@ def settings(form: str) -> dict[str, dict[str, float]]:
 
 
 def run(context: Context) -> Iterator[Row]:
-    for case in cases(context.form):
+    for case in context.left(cases(context.form)):
         context.progress(f"training step, {case.name}")
         yield from _run_case(context, case)
 

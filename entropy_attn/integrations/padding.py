@@ -110,9 +110,10 @@ def valid_first(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
         return call, None
     q_valid, kv_valid = valid_tokens(call)
     kv_order, _, kv_lens = stable_partition(kv_valid)
+    key = _take(call.key, kv_order)
     moved = {
-        "key": _take(call.key, kv_order),
-        "value": _take(call.value, kv_order),
+        "key": key,
+        "value": key if call.value is call.key else _take(call.value, kv_order),
         "kv_lens": kv_lens,
         "codes": None,
     }

@@ -65,8 +65,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tiles(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> Iterator[Tile]:
-    """Walk over the blocks of queries, gathering the keys and values of each."""
+def tiles(query: Tensor, key: Tensor, value: Tensor | None, problem: Problem) -> Iterator[Tile]:
+    """Walk over the blocks of queries, gathering the keys and values of each.
+
+    Without values the keys stand in their place.
+    """
+    value = key if value is None else value
     batch, heads, q_len, _ = query.shape
     kv_heads, kv_len = key.shape[1:3]
     block_q, block_k = problem.block_size
@@ -123,15 +127,18 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 def attention_forward(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     problem: Problem,
     row_entropy: bool = False,
     block_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out (B, Hq, Nq, D), lse, row entropy and block entropy, each (B, Hq, Nq) or empty."""
+    """Returns out (B, Hq, Nq, D), lse, row entropy and block entropy, each (B, Hq, Nq) or empty.
+
+    Without values out is empty too.
+    """
     dtype = compute_dtype(query.dtype)
     statistics = query.new_zeros(query.shape[:3], dtype=dtype)
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    out = query.new_zeros((0,) if value is None else query.shape)
     lse = torch.full_like(statistics, float("-inf"))
     row = torch.zeros_like(statistics) if row_entropy else statistics.new_zeros(0)
     block = torch.zeros_like(statistics) if block_entropy else statistics.new_zeros(0)
@@ -142,7 +149,8 @@ def attention_forward(
         tile_lse = torch.logsumexp(scores, -1)
         p = _probabilities(scores, tile_lse)
         lse[:, :, tile.rows] = tile_lse
-        out[:, :, tile.rows] = (p @ tile.value).to(out.dtype)
+        if value is not None:
+            out[:, :, tile.rows] = (p @ tile.value).to(out.dtype)
         if row_entropy:
             row[:, :, tile.rows] = entropy(p).clamp(min=0)
         if block_entropy:
@@ -154,14 +162,14 @@ def attention_forward(
 
 @without_autocast
 def attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     grad_row: Tensor | None,
     grad_block: Tensor | None,
     grad_tile: Tensor | None,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     out: Tensor,
     lse: Tensor,
     problem: Problem,
@@ -169,6 +177,7 @@ def attention_backward(
     """Gradients of query, key and value; probabilities are recomputed tile by tile.
 
     Args:
+        grad_out: None where only entropies have gradients. Without values theirs is empty.
         grad_row, grad_block (B, Hq, Nq), grad_tile (B, Hq, Mq): of the entropies.
     """
     dtype = compute_dtype(query.dtype)
@@ -176,8 +185,10 @@ def attention_backward(
     kv_heads = key.shape[1]
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
-    grad_value = torch.zeros(value.shape, dtype=dtype, device=key.device)
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    grad_value = torch.zeros((0,) if value is None else value.shape, dtype=dtype, device=key.device)
+    delta = torch.zeros_like(lse)
+    if grad_out is not None:
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
     delta = delta.masked_fill(lse == float("-inf"), 0.0)
@@ -186,9 +197,11 @@ def attention_backward(
     for index, tile in enumerate(tiles(query, key, value, problem)):
         if tile.key.shape[2] == 0:
             continue
-        grad = grad_out[:, :, tile.rows].to(dtype)
         p = _probabilities(tile.scores(problem.scale), lse[:, :, tile.rows])
-        grad_p = grad @ tile.value.transpose(-1, -2) - delta[:, :, tile.rows, None]
+        grad_p = -delta[:, :, tile.rows, None]
+        if grad_out is not None:
+            grad = grad_out[:, :, tile.rows].to(dtype)
+            grad_p = grad_p + grad @ tile.value.transpose(-1, -2)
         if grad_row is not None:
             grad_p = grad_p + _grad_of_entropy(p, grad_row[:, :, tile.rows])
         if grad_block is not None or grad_tile is not None:
@@ -208,8 +221,9 @@ def attention_backward(
         grad_query[:, :, tile.rows] = (grad_scores @ tile.key).to(query.dtype)
         at = (batch_index, kv_head, tile.position)
         grad_key.index_put_(at, grad_scores.transpose(-1, -2) @ tile.query, accumulate=True)
-        grad_value.index_put_(at, p.transpose(-1, -2) @ grad, accumulate=True)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+        if grad_out is not None:
+            grad_value.index_put_(at, p.transpose(-1, -2) @ grad, accumulate=True)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(key.dtype)
 
 
 def _grad_of_entropy(probabilities: Tensor, grad: Tensor) -> Tensor:

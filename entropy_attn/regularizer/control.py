@@ -18,11 +18,11 @@ class Control(Protocol):
 
     state: dict[str, Tensor]
 
-    def weight(self, step: Tensor) -> Tensor:
-        """Loss per unit of the measure, a tensor without dimensions."""
+    def weight(self, step: int) -> Tensor | float:
+        """Loss per unit of the measure; a tensor has no dimensions."""
         ...
 
-    def update(self, density: Tensor, step: Tensor) -> None:
+    def update(self, density: Tensor, step: int) -> None:
         """Take in the density that was seen in step ``step``, counted from 0."""
         ...
 
@@ -40,10 +40,10 @@ class FixedWeight:
         self.warmup_steps = warmup_steps
         self.state: dict[str, Tensor] = {}
 
-    def weight(self, step: Tensor) -> Tensor:
+    def weight(self, step: int) -> float:
         return self.full * _progress(step, self.warmup_steps)
 
-    def update(self, density: Tensor, step: Tensor) -> None:
+    def update(self, density: Tensor, step: int) -> None:
         pass
 
 
@@ -88,24 +88,26 @@ class DualAscent:
             for name in ("integral", "multiplier", "first_density")
         }
 
-    def weight(self, step: Tensor) -> Tensor:
+    def weight(self, step: int) -> Tensor:
         return self.state["multiplier"] / self.target
 
-    def target_at(self, step: Tensor) -> Tensor:
+    def target_at(self, step: int) -> Tensor | float:
         """What the density should be at a step; on the way down, equal ratios a step."""
+        progress = _progress(step, self.warmup_steps)
+        if progress == 1.0:
+            return self.target
         first = self.state["first_density"].clamp(min=self.target)
-        return first * (self.target / first) ** _progress(step, self.warmup_steps)
+        return first ** (1.0 - progress) * self.target**progress
 
-    def update(self, density: Tensor, step: Tensor) -> None:
-        first = self.state["first_density"]
-        first.copy_(torch.where(first > 0, first, density))
-        error = (density.clamp(min=1e-6) / self.target_at(step)).log()
-        integral = self.state["integral"]
-        integral.add_(self.rate * error).clamp_(0.0, self.largest)
-        multiplier = (integral + self.damping * error).clamp(0.0, self.largest)
+    def update(self, density: Tensor, step: int) -> None:
+        if step == 0:
+            self.state["first_density"].copy_(density)
+        error = (density.clamp(min=1e-6) / self.target_at(step)).log_()
+        integral = self.state["integral"].add_(error, alpha=self.rate).clamp_(0.0, self.largest)
+        multiplier = torch.add(integral, error, alpha=self.damping).clamp_(0.0, self.largest)
         self.state["multiplier"].copy_(multiplier)
 
 
-def _progress(step: Tensor, warmup_steps: int) -> Tensor:
+def _progress(step: int, warmup_steps: int) -> float:
     """Share of the warm-up that is over once ``step`` is done."""
-    return ((step + 1) / max(1, warmup_steps)).clamp(max=1.0).float()
+    return min(1.0, (step + 1) / max(1, warmup_steps))

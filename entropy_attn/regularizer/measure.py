@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from entropy_attn.api import attention_with_entropy
-from entropy_attn.entropy import AttentionEntropy
+from entropy_attn.api import attention_with_entropy, tile_entropy
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.integrations.statistics import visible_blocks
 from entropy_attn.masks import BlockMask
 from entropy_attn.regularizer.layer import Seen
-from entropy_attn.regularizer.sampling import Draws, Sample
+from entropy_attn.regularizer.sampling import Sample
 
 MEASURES = ("density", "tile", "block", "row")
 # Queries that are put together, which copies them: enough to keep a GPU busy, little to hold.
@@ -40,14 +39,14 @@ class Settings:
     backend: str
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The entropies that are needed."""
-        return ("tile",) if self.measure in ("density", "tile") else (self.measure,)
+    def tells_density(self) -> bool:
+        return self.measure in ("density", "tile")
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Over what some calls attended to, tensors without dimensions; of samples, scaled up.
+    """Over what some calls attended to; of samples, scaled up. Numbers where the host knows them,
+    else tensors without dimensions.
 
     Attributes:
         measure: of the measure, with a gradient, without bias.
@@ -59,73 +58,56 @@ class Sums:
     """
 
     measure: Tensor
-    count: Tensor
-    kept: Tensor
-    visible: Tensor
-    tiles: Tensor
+    count: Tensor | float
+    kept: Tensor | float
+    visible: Tensor | float
+    tiles: Tensor | float
 
 
-def measure_calls(seen: Sequence[Seen], draws: Draws, settings: Settings) -> list[Sums]:
+def measure_calls(seen: Sequence[Seen], settings: Settings) -> list[Sums]:
     """The sums of all calls, a few for each shape that they have."""
-    found = []
-    for _, alike in groupby(sorted(seen, key=_shape), key=_shape):
-        calls = list(alike)
-        batch, _, q_len, _ = calls[0].call.query.shape
-        sample = Sample.of(settings.tile_fraction, batch, -(-q_len // settings.block_size[0]))
-        for chunk in _chunks(calls, sample):
-            found.append(_measure(chunk, sample, draws, settings))
-    return found
+    alike = defaultdict(list)
+    for each in seen:
+        alike[_shape(each)].append(each)
+    return [_measure(chunk, settings) for calls in alike.values() for chunk in _chunks(calls)]
 
 
-def _shape(seen: Seen) -> tuple[str, ...]:
-    """What two calls must have in common, as text, which can be sorted."""
+def _shape(seen: Seen) -> Hashable:
+    """What two calls must have in common."""
     call = seen.call
     kinds = (call.query.shape, call.key.shape, call.query.dtype, call.query.device)
     lens = (call.kv_lens is None, call.q_lens is None)
-    return tuple(map(str, (*kinds, *lens, call.is_causal, call.scale, call.window)))
+    return (*kinds, *lens, call.is_causal, call.scale, call.window, seen.sample)
 
 
-def _chunks(calls: list[Seen], sample: Sample) -> Iterator[list[Seen]]:
-    """Up to CHUNK_BYTES of sampled queries at a time."""
+def _chunks(calls: list[Seen]) -> Iterator[list[Seen]]:
+    """Up to CHUNK_BYTES of queries at a time."""
     query = calls[0].call.query
-    row_bytes = query.numel() // max(1, sample.batch) * query.element_size()
-    size = max(1, CHUNK_BYTES // max(1, row_bytes * sample.rows))
+    size = max(1, CHUNK_BYTES // max(1, query.numel() * query.element_size()))
     return (calls[i : i + size] for i in range(0, len(calls), size))
 
 
-def _measure(chunk: list[Seen], sample: Sample, draws: Draws, settings: Settings) -> Sums:
-    call = _joined([
-        _rows(seen.call, sample.first_row(draws.host[seen.layer]), sample.rows) for seen in chunk
-    ])  # fmt: skip
-    # Stacked, since an index made of a list would wait for the device.
-    own = torch.stack([draws.device[seen.layer] for seen in chunk])
-    chosen = sample.chosen_tiles(own.to(call.query.device))
+def _measure(chunk: list[Seen], settings: Settings) -> Sums:
+    call, sample = _joined([seen.call for seen in chunk]), chunk[0].sample
+    chosen = sample.chosen_tiles([seen.draw for seen in chunk])
+    options = {
+        "block_mask": None if chosen is None else _rows_of_mask(chosen, call, settings),
+        "block_size": settings.block_size,
+        "backend": settings.backend,
+        **call.geometry,
+    }
+    if settings.tells_density:
+        tile = tile_entropy(call.query, call.key, **options)
+        return _sum_of_tiles(tile, call, chosen, sample, settings)
     _, entropy = attention_with_entropy(
         call.query,
         call.key,
         call.value.detach(),  # only the entropies are used
-        block_mask=None if chosen is None else _rows_of_mask(chosen, call, settings),
-        block_size=settings.block_size,
-        kinds=settings.kinds,
-        backend=settings.backend,
-        **call.geometry,
+        kinds=(settings.measure,),
+        **options,
     )
-    return _sum_up(call, entropy, chosen, sample, settings)
-
-
-def _rows(call: AttentionCall, first: int, count: int) -> AttentionCall:
-    """A run of the call's batch rows."""
-    if count == call.query.shape[0]:
-        return call
-    key = call.key.narrow(0, first, count)
-    return replace(
-        call,
-        query=call.query.narrow(0, first, count),
-        key=key,
-        value=key,
-        kv_lens=None if call.kv_lens is None else call.kv_lens.narrow(0, first, count),
-        q_lens=None if call.q_lens is None else call.q_lens.narrow(0, first, count),
-    )
+    rows = entropy.row if settings.measure == "row" else entropy.block
+    return _sum_of_rows(rows, call, chosen, sample, settings)
 
 
 def _joined(calls: list[AttentionCall]) -> AttentionCall:
@@ -142,12 +124,12 @@ def _joined(calls: list[AttentionCall]) -> AttentionCall:
 
 def _rows_of_mask(chosen: Tensor, call: AttentionCall, settings: Settings) -> BlockMask:
     """Every block of keys for the chosen (B, Mq) blocks of queries, none for the others."""
+    device = call.query.device
     blocks = -(-call.kv_len // settings.block_size[1])
     counts = torch.where(chosen, blocks, 0).to(torch.int32)[:, None]
-    indices = torch.arange(blocks, dtype=torch.int32, device=chosen.device)
     return BlockMask(
-        counts,
-        indices.expand(*counts.shape, blocks),
+        counts.to(device, non_blocking=True),
+        _block_numbers(blocks, device).expand(*counts.shape, blocks),
         settings.block_size,
         call.q_len,
         call.kv_len,
@@ -155,51 +137,64 @@ def _rows_of_mask(chosen: Tensor, call: AttentionCall, settings: Settings) -> Bl
     )
 
 
-def _sum_up(
-    call: AttentionCall,
-    entropy: AttentionEntropy,
-    chosen: Tensor | None,
-    sample: Sample,
-    settings: Settings,
+@lru_cache(maxsize=64)
+def _block_numbers(blocks: int, device: torch.device) -> Tensor:
+    return torch.arange(blocks, dtype=torch.int32, device=device)
+
+
+def _sum_of_tiles(
+    tile: Tensor, call: AttentionCall, chosen: Tensor | None, sample: Sample, settings: Settings
 ) -> Sums:
+    """From the tile entropies (B, H, Mq), 0 where a tile sees nothing or is not chosen."""
     batch, heads = call.query.shape[:2]
     visible = _visible_blocks(call, settings.block_size)  # (B or 1, Mq)
-    seen = visible > 0
-    row_scale = sample.batch / sample.rows  # of what is known of every block of the rows
-    repeats = heads * (batch // visible.shape[0]) * row_scale
-    sees_and_chosen = seen if chosen is None else seen & chosen
-
-    def total(x: Tensor, where: Tensor) -> Tensor:
-        """Of (B, H, M), where (B or 1, M)."""
-        return torch.where(where[:, None], x, 0.0).sum() * sample.scale
-
-    per_head = torch.ones(1, heads, 1, device=call.query.device).expand(batch, -1, -1)
-    effective = torch.zeros((), device=call.query.device)
-    if entropy.tile is not None:
-        effective = total(entropy.tile.exp(), sees_and_chosen)
-    if settings.measure == "density":
-        measure, count = effective, visible.sum() * repeats
-    elif settings.measure == "tile":
-        measure, count = total(entropy.tile, sees_and_chosen), seen.sum() * repeats
+    sees = visible > 0
+    # For all blocks of the sample's rows, and for the blocks of the sample.
+    of_rows = heads * (batch // visible.shape[0]) * (sample.batch / sample.rows)
+    if chosen is None:
+        blocks, tiles = _number(visible.sum() * of_rows), _number(sees.sum() * of_rows)
     else:
-        rows = entropy.row if settings.measure == "row" else entropy.block
-        # A query that sees no key may stand in a tile from which others see one.
-        valid = _visible_blocks(call, (1, max(1, call.kv_len))) > 0  # (B or 1, Nq)
-        where = valid
-        if chosen is not None:
-            block_q = settings.block_size[0]
-            where = valid & chosen.repeat_interleave(block_q, dim=1)[:, : call.q_len]
-        measure = total(rows, where)
-        count = valid.sum() * heads * (batch // valid.shape[0]) * row_scale
-    blocks = total(visible[:, None] * per_head, sees_and_chosen)
-    return Sums(measure, count, effective.detach(), blocks, total(per_head, sees_and_chosen))
+        chosen = chosen.to(visible.device, non_blocking=True)
+        of_sample = heads * sample.scale
+        blocks = _number((visible * chosen).sum() * of_sample)
+        tiles = _number((sees & chosen).sum() * of_sample)
+    # exp(0) of the tiles that do not count is taken off again.
+    effective = tile.exp().sum() * sample.scale + (tiles - tile.numel() * sample.scale)
+    if settings.measure == "density":
+        measure, count = effective, blocks if chosen is None else _number(visible.sum() * of_rows)
+    else:
+        measure = tile.sum() * sample.scale
+        count = tiles if chosen is None else _number(sees.sum() * of_rows)
+    return Sums(measure, count, effective.detach(), blocks, tiles)
+
+
+def _sum_of_rows(
+    rows: Tensor, call: AttentionCall, chosen: Tensor | None, sample: Sample, settings: Settings
+) -> Sums:
+    """From row or block entropies (B, H, Nq)."""
+    batch, heads = call.query.shape[:2]
+    # A query that sees no key may stand in a tile from which others see one.
+    where = valid = _visible_blocks(call, (1, max(1, call.kv_len))) > 0  # (B or 1, Nq)
+    if chosen is not None:
+        chosen = chosen.to(where.device, non_blocking=True)
+        taken = chosen.repeat_interleave(settings.block_size[0], dim=1)
+        where = where & taken[:, : call.q_len]
+    where = where.to(rows.device, non_blocking=True)
+    measure = torch.where(where[:, None], rows, 0.0).sum() * sample.scale
+    of_rows = heads * (batch // valid.shape[0]) * (sample.batch / sample.rows)
+    return Sums(measure, _number(valid.sum() * of_rows), 0.0, 0.0, 0.0)
+
+
+def _number(x: Tensor) -> Tensor | float:
+    """A number, if reading it does not wait for a device."""
+    return float(x) if x.device.type == "cpu" else x
 
 
 def _visible_blocks(call: AttentionCall, block_size: tuple[int, int]) -> Tensor:
-    """(B, Mq) with lengths, else (1, Mq): blocks of keys with a visible pair."""
+    """Blocks of keys with a visible pair: (B, Mq) with lengths, else (1, Mq) on the CPU."""
     if call.kv_lens is None and call.q_lens is None:
         sizes = (call.q_len, call.kv_len, block_size, call.is_causal, call.window)
-        return _visible_without_lens(*sizes, call.query.device)
+        return _visible_without_lens(*sizes)
     return visible_blocks(
         call.q_len,
         call.kv_len,
@@ -213,7 +208,7 @@ def _visible_blocks(call: AttentionCall, block_size: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _visible_without_lens(q_len, kv_len, block_size, is_causal, window, device) -> Tensor:
+def _visible_without_lens(q_len, kv_len, block_size, is_causal, window) -> Tensor:
     return visible_blocks(
-        q_len, kv_len, block_size, is_causal=is_causal, window=window, device=device
+        q_len, kv_len, block_size, is_causal=is_causal, window=window, device=torch.device("cpu")
     )

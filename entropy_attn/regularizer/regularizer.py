@@ -12,9 +12,11 @@ with a weight that is given, or one that is steered until the density is the wan
 
 from __future__ import annotations
 
+import operator
 import random
 import warnings
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ from entropy_attn.integrations.sites import Installation, check_reach, find_site
 from entropy_attn.regularizer.control import Control, DualAscent, FixedWeight
 from entropy_attn.regularizer.layer import RegularizedLayer
 from entropy_attn.regularizer.measure import MEASURES, Settings, Sums, measure_calls
-from entropy_attn.regularizer.sampling import Draws
 from entropy_attn.validation import check_block_size, check_integer, check_positive, check_share
 
 # Steps between looks at whether the target can be met, the only time that a step waits.
@@ -156,16 +157,16 @@ class EntropyRegularizer:
         else:
             self._control = self._make_ascent(rate, damping, max_weight, warmup_steps, device)
         self._random = random.Random(seed)
-        self._draws = torch.zeros(len(sites), device=device)
-        self._steps = torch.zeros((), device=device)
-        self._measure = torch.zeros((), device=device)
+        self._measure = torch.zeros(())
         # kept blocks, visible blocks and tiles since the last step, and those of the last step
-        self._seen = torch.zeros(3, device=device)
-        self._last = torch.zeros(3, device=device)
+        self._seen: tuple[Any, Any, Any] | None = None
+        self._last: tuple[Any, Any, Any] = (0.0, 0.0, 0.0)
         self._count = 0
-        self._has_penalty = False
         self._has_warned = False
-        self.layers = tuple(RegularizedLayer(site, index) for index, site in enumerate(sites))
+        self.layers = tuple(
+            RegularizedLayer(site, index, settings.tile_fraction, settings.block_size[0])
+            for index, site in enumerate(sites)
+        )
         self._draw()
         self._installation = Installation(sites, self.layers)
 
@@ -175,7 +176,7 @@ class EntropyRegularizer:
         target = check_share("target_density", self.target_density)
         if target == 1.0:
             raise ValueError("target_density must be less than 1, which is dense attention")
-        if "tile" not in self.settings.kinds:
+        if not self.settings.tells_density:
             raise ValueError(
                 f"measure={self.settings.measure!r} does not tell the density: with target_density "
                 "use 'density' or 'tile', or give a fixed weight"
@@ -195,24 +196,21 @@ class EntropyRegularizer:
         Raises:
             RuntimeError: no attention was measured since the last call.
         """
-        taken = [layer.take() for layer in self.layers]
-        seen = [call for index in sorted(self._active) for call in taken[index]]
+        seen = [call for layer in self.layers for call in layer.take()]
         if not seen:
             raise RuntimeError(
                 "no attention was measured: run the model in training mode and with gradients "
                 "before penalty(). Under reentrant activation checkpointing the forward has no "
                 'gradients: pass {"use_reentrant": False} to gradient_checkpointing_enable'
             )
-        sums = measure_calls(seen, Draws(self._host_draws, self._draws), self.settings)
+        sums = measure_calls(seen, self.settings)
         self._move(sums[0].measure.device)
-        measure = self._total(sums, "measure") / self._total(sums, "count").clamp(min=1)
-        with torch.no_grad():
-            self._measure.copy_(measure)
-            blocks = [self._total(sums, name) for name in ("kept", "visible", "tiles")]
-            self._seen += torch.stack(blocks)
-            weight = self._control.weight(self._steps)
-        self._has_penalty = True
-        return weight * measure
+        measure = _total(sums, "measure") / _at_least_one(_total(sums, "count"))
+        kept, visible, tiles = (_total(sums, name) for name in ("kept", "visible", "tiles"))
+        if self._seen is not None:
+            kept, visible, tiles = map(operator.add, self._seen, (kept, visible, tiles))
+        self._seen, self._measure = (kept, visible, tiles), measure.detach()
+        return self._control.weight(self._count) * measure
 
     def step(self) -> None:
         """After each step of the optimizer: steer the weight and draw the next sample.
@@ -220,16 +218,15 @@ class EntropyRegularizer:
         Raises:
             RuntimeError: `penalty` was not called since the last step.
         """
-        if not self._has_penalty:
+        if self._seen is None:
             raise RuntimeError("call penalty() and add it to the loss before step()")
-        self._has_penalty = False
+        seen, self._seen = self._seen, None
         with torch.no_grad():
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(self._seen, group=self.process_group)
-            self._control.update(self._seen[0] / self._seen[1].clamp(min=1.0), self._steps)
-            self._last.copy_(self._seen)
-            self._seen.zero_()
-            self._steps += 1
+                seen = self._summed_over_processes(seen)
+            if self.settings.tells_density:
+                self._control.update(seen[0] / _at_least_one(seen[1]), self._count)
+        self._last = seen
         self._count += 1
         self._draw()
         if self._count % CHECK_EVERY == 0:
@@ -237,17 +234,17 @@ class EntropyRegularizer:
 
     def stats(self) -> RegularizerStatistics:
         """The numbers of the last step. Waits for the device."""
-        kept, visible, tiles = self._last.tolist()
+        kept, visible, tiles = map(float, self._last)
         target = None
         if isinstance(self._control, DualAscent):
             # Without an observation there is no density to start from.
-            reached = self._control.target_at(self._steps - 1) if self._count else None
+            reached = self._control.target_at(self._count - 1) if self._count else None
             target = self._control.target if reached is None else float(reached)
         return RegularizerStatistics(
             step=self._count,
             density=kept / visible if kept and visible else None,
             target=target,
-            weight=float(self._control.weight(self._steps)),
+            weight=float(self._control.weight(self._count)),
             measure=float(self._measure),
             floor=tiles / visible if visible else 0.0,
         )
@@ -268,7 +265,6 @@ class EntropyRegularizer:
                 + ("a fixed weight" if not state["control"] else "target_density")
             )
         self._count = state["step"]
-        self._steps.fill_(self._count)
         for name, value in state["control"].items():
             self._control.state[name].fill_(value)
         version, internal, gauss = state["random"]  # lists, if it went through JSON
@@ -287,29 +283,33 @@ class EntropyRegularizer:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    @staticmethod
-    def _total(sums: list[Sums], name: str) -> Tensor:
-        first = getattr(sums[0], name)
-        return torch.stack([getattr(found, name).to(first.device) for found in sums]).sum()
+    def _summed_over_processes(self, seen: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        device = self._measure.device
+        # What is made of numbers would wait for the device; filling does not.
+        total = torch.stack([
+            x.float() if isinstance(x, Tensor) else torch.full((), float(x), device=device)
+            for x in seen
+        ])  # fmt: skip
+        torch.distributed.all_reduce(total, group=self.process_group)
+        kept, visible, tiles = total.unbind()
+        return kept, visible, tiles
 
     def _draw(self) -> None:
         """Which layers and which blocks of queries the next step measures."""
         self._before_draw = self._random.getstate()
-        self._host_draws = [self._random.random() for _ in self.layers]
-        self._draws.copy_(torch.tensor(self._host_draws), non_blocking=True)
+        draws = [self._random.random() for _ in self.layers]
         count, share = len(self.layers), self.layer_fraction
         size = max(1, round(count * share))
         first = self._random.random()
-        self._active = {min(count - 1, int((k + first) * count / size)) for k in range(size)}
+        active = {min(count - 1, int((k + first) * count / size)) for k in range(size)}
+        for index, (layer, draw) in enumerate(zip(self.layers, draws, strict=True)):
+            layer.draw = draw if index in active else None
 
     def _move(self, device: torch.device) -> None:
         """Follow a model that was moved after the regularizer was made."""
-        if self._steps.device == device:
-            return
-        for name in ("_steps", "_measure", "_seen", "_last", "_draws"):
-            setattr(self, name, getattr(self, name).to(device))
         state = self._control.state
-        state.update({name: value.to(device) for name, value in state.items()})
+        if any(value.device != device for value in state.values()):
+            state.update({name: value.to(device) for name, value in state.items()})
 
     def _warn_if_out_of_reach(self) -> None:
         control = self._control
@@ -335,6 +335,17 @@ class EntropyRegularizer:
                 f"is {stats.density:.4f}: {reason}",
                 stacklevel=3,
             )
+
+
+def _total(sums: list[Sums], name: str) -> Any:
+    """A tensor without dimensions, or a number where the host knows it."""
+    device = sums[0].measure.device
+    found = (getattr(each, name) for each in sums)
+    return reduce(operator.add, (x.to(device) if isinstance(x, Tensor) else x for x in found))
+
+
+def _at_least_one(count: Tensor | float) -> Tensor | float:
+    return count.clamp(min=1.0) if isinstance(count, Tensor) else max(count, 1.0)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -12,21 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Draws:
-    """A uniform number in [0, 1) for each layer, on the host and on a device.
-
-    The part of a draw u that chooses rows, floor(u B / R), and the part that is left over,
-    which chooses blocks, are independent.
-    """
-
-    host: Sequence[float]
-    device: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,7 @@ class Sample:
     size: int
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of(cls, fraction: float, batch: int, tiles: int) -> Sample:
         """At most the fraction, but at least one row and one block."""
         asked = fraction * batch
@@ -62,17 +52,20 @@ class Sample:
         runs = self.batch // self.rows
         return min(int(draw * runs), runs - 1) * self.rows
 
-    def chosen_tiles(self, draws: Tensor) -> Tensor | None:
-        """(n * R, M) bool, which blocks are taken of the rows of n layers; None for all blocks.
+    def chosen_tiles(self, draws: Sequence[float]) -> Tensor | None:
+        """(n * R, M) bool on the CPU, which blocks are taken of the rows of n calls; None for all.
+
+        The part of a draw u that chooses rows, floor(u B / R), and the part that is left over,
+        which chooses blocks, are independent.
 
         Args:
-            draws: (n,) those of the layers.
+            draws: n numbers in [0, 1), those of the calls.
         """
         if self.size == self.tiles:
             return None
-        starts = (draws * (self.batch // self.rows)).frac().repeat_interleave(self.rows)
-        steps = torch.arange(self.size, device=draws.device)
-        places = ((steps + starts[:, None]) * (self.tiles / self.size)).long()
+        starts = torch.tensor(draws, dtype=torch.float64) * (self.batch // self.rows)
+        steps = torch.arange(self.size)
+        places = ((steps + starts.frac()[:, None]) * (self.tiles / self.size)).long()
         places = places.clamp(max=self.tiles - 1)  # the last one may be rounded up to M
-        chosen = torch.zeros(len(starts), self.tiles, dtype=torch.bool, device=draws.device)
-        return chosen.scatter(1, places, True)
+        chosen = torch.zeros(len(starts), self.tiles, dtype=torch.bool).scatter(1, places, True)
+        return chosen.repeat_interleave(self.rows, dim=0)

@@ -7,6 +7,7 @@ the width of the lists follows from shapes and the budget alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -161,8 +162,11 @@ def keep_blocks(
         kv_lens=kv_lens,
     )
     check.check_tile_mass("mass", mass, geometry.q_tiles, geometry.kv_blocks)
-    check.check_lens("kv_lens", kv_lens, mass)
-    check.check_lens("q_lens", q_lens, mass)
+    geometry = replace(
+        geometry,
+        kv_lens=check.check_lens("kv_lens", kv_lens, mass),
+        q_lens=check.check_lens("q_lens", q_lens, mass),
+    )
     rules = _Rules(budget, sink, local)
     chosen = choose_backend(mass, geometry, backend)
     mass = mass.detach()

@@ -19,8 +19,8 @@ def make_geometry(
     window: int | None,
 ) -> Geometry:
     check.check_qkv(query, key)
-    check.check_lens("kv_lens", kv_lens, query)
-    check.check_lens("q_lens", q_lens, query)
+    kv_lens = check.check_lens("kv_lens", kv_lens, query)
+    q_lens = check.check_lens("q_lens", q_lens, query)
     return Geometry(
         q_len=query.shape[2],
         kv_len=key.shape[2],

@@ -1,7 +1,7 @@
 """Block-sparse attention, forward, for Hopper (sm_90a): copy engine, warpgroup products, in Gluon.
 
-The same sums as `entropy_attn.kernels.block_sparse_forward`, without entropies, lengths a batch
-row and windows: for a block of queries A with the list L(A) of key blocks
+The same sums as `entropy_attn.kernels.block_sparse_forward`, without windows: for a block of
+queries A with the list L(A) of key blocks
 
     S_ij = scale * q_i . k_j,  O_i = sum_j exp(S_ij - lse_i) v_j,  lse_i = log sum_j exp S_ij
 
@@ -50,13 +50,14 @@ from entropy_attn.kernels.hopper.primitives import (
     ROWS,
     Memory,
     Problem,
+    Results,
     barriers,
-    exp2,
     pass_turn,
     rescale,
     ring,
     take_turn,
 )
+from entropy_attn.kernels.hopper.softmax import first_softmax, next_softmax, visible
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
@@ -68,10 +69,7 @@ from entropy_attn.kernels.launch import (
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
-NO_SCORE = gl.constexpr(-1.0e38)  # below every score, yet finite: see primitives.NO_SCORE
 NO_ITEM = gl.constexpr(-1)
-# How far a row's maximum may lag, in powers of two: p stays below 2^8, far from fp16's limit.
-LAG = gl.constexpr(8.0)
 
 
 # Producer
@@ -189,32 +187,6 @@ def _starts(problem, address, last, group, WANTED: gl.constexpr):
 
 
 @gluon.jit
-def _visible(scores, problem, low, high, limits):
-    """(64, N) scores of a step, -inf for the keys from each row's limit on."""
-    lane = gl.arange(0, problem.BLOCK_N, gl.SliceLayout(0, scores.type.layout))
-    keys = low + lane  # (N,)
-    if problem.BLOCK_N > problem.BLOCK_K:
-        keys = gl.where(lane < problem.BLOCK_K, keys, high + lane - problem.BLOCK_K)
-    return gl.where(keys[None, :] < limits[:, None], scores, float("-inf"))
-
-
-@gluon.jit
-def _softmax(scores, maximum, scale_log2, IS_FIRST: gl.constexpr):
-    """(64, N) p, (64, 4) its sums a thread, the new maximum and 2^(old maximum - new one)."""
-    highest = gl.max(scores, 1) * scale_log2  # (64,)
-    if IS_FIRST:
-        new_maximum = gl.maximum(highest, maximum)
-    else:
-        new_maximum = gl.where(highest > maximum + LAG, highest, maximum)
-    alpha = exp2(maximum - new_maximum)  # (64,)
-    p = exp2(scores * scale_log2 - new_maximum[:, None])  # (64, N)
-    # Four threads share a row. They add up their own columns and meet after the last step.
-    parts = gl.reshape(p, [ROWS, scores.shape[1] // 8, 4, 2])
-    mass = gl.sum(gl.sum(parts, 3), 1)  # (64, 4)
-    return p, mass, new_maximum, alpha
-
-
-@gluon.jit
 def _operand(p, acc, DTYPE: gl.constexpr):
     """p as left operand of P V, in the registers where it is."""
     return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
@@ -237,36 +209,38 @@ def _products(problem, memory, query, p, acc, use, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def _step(
-    problem, memory, query, p, acc, mass, maximum, use, address, last, group, limits,
+    problem, memory, query, p, acc, sums, use, address, last, group, limits,
     WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One step after the first: fold its scores into the softmax and the last step's p into acc."""
     low, high = _starts(problem, address, last, group, MASKED)  # on their way meanwhile
     scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
     if MASKED:
-        scores = _visible(scores, problem, low, high, limits)
-    p, p_mass, maximum, alpha = _softmax(scores, maximum, problem.scale_log2, False)
-    mass = mass * gl.convert_layout(alpha, gl.SliceLayout(1, mass.type.layout))[:, None] + p_mass
+        scores = visible(scores, problem, low, high, limits)
+    p, sums, alpha = next_softmax(scores, sums, problem, MASKED)
     if problem.PIN:
         # Never blocks. ptxas moves the wait below above the exponentials, but not past this.
         mbarrier.wait(memory.pin, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     memory.values.release(use - 1)
     acc = rescale(acc, gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)))
-    return _operand(p, acc, memory.values.tiles.dtype), acc, mass, maximum
+    return _operand(p, acc, memory.values.tiles.dtype), acc, sums
 
 
 @gluon.jit
-def _store(
-    problem, memory, out_desc, lse_ptr, acc, mass, maximum, tile, last, WARPGROUP: gl.constexpr
-):
-    """Write O = acc / l and the log-sum-exp of an item; a row without a key gets 0 and -inf."""
+def _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP: gl.constexpr):
+    """Write O = acc / l, the log-sum-exp and the entropies of an item.
+
+    A row without a key, or of padding, gets 0, -inf and 0.
+    """
     batch, head, row = problem.place(tile)
     row += WARPGROUP * ROWS
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    mass = gl.convert_layout(gl.sum(mass, 1), layout)  # (64,)
-    maximum = gl.convert_layout(maximum, layout)
+    mass = gl.convert_layout(gl.sum(sums.mass, 1), layout)  # (64,)
+    maximum = gl.convert_layout(sums.maximum, layout)
     is_alive = (mass != 0.0) & (last > 0)  # what is NaN stays NaN
+    if problem.HAS_Q_LENS:
+        is_alive = is_alive & (row + gl.arange(0, ROWS, layout) < q_end)
     safe_mass = gl.where(is_alive, mass, 1.0)
     acc = gl.where(is_alive[:, None], acc * (1.0 / safe_mass)[:, None], 0.0)  # (64, D)
     tma.store_wait(0)  # the item before has left shared memory
@@ -274,16 +248,31 @@ def _store(
     out_tile.store(acc.to(out_tile.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(
-        out_desc, [batch, head, row, 0], memory.out_boxes.index(WARPGROUP)
+        results.out, [batch, head, row, 0], memory.out_boxes.index(WARPGROUP)
     )
-    lse = gl.where(is_alive, (maximum + gl.log2(safe_mass)) * LN_2, float("-inf"))
+    log_mass = gl.log2(safe_mass)
+    lse = gl.where(is_alive, (maximum + log_mass) * LN_2, float("-inf"))
     rows = row + gl.arange(0, ROWS, layout)
     head_start = (tile // problem.q_tiles).to(gl.int64) * problem.q_len
-    gl.store(lse_ptr + head_start + rows, lse, mask=rows < problem.q_len)
+    gl.store(results.lse + head_start + rows, lse, mask=rows < problem.q_len)
+    if problem.ROW_ENTROPY:
+        entropy = _entropy(sums.row, safe_mass, log_mass, is_alive)
+        gl.store(results.row + head_start + rows, entropy, mask=rows < problem.q_len)
+    if problem.BLOCK_ENTROPY:
+        entropy = _entropy(sums.block, safe_mass, log_mass, is_alive)
+        gl.store(results.block + head_start + rows, entropy, mask=rows < problem.q_len)
 
 
 @gluon.jit
-def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
+def _entropy(total, mass, log_mass, is_alive):
+    """(64,) log l - T / l in nats; total is (64, 4), the threads' parts of T."""
+    total = gl.convert_layout(gl.sum(total, 1), mass.type.layout)
+    entropy = (log_mass - total / mass) * LN_2
+    return gl.where(is_alive, gl.maximum(entropy, 0.0), 0.0)
+
+
+@gluon.jit
+def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     BLOCK_D: gl.constexpr = memory.values.tiles.shape[2]
     DTYPE: gl.constexpr = memory.values.tiles.dtype
     SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
@@ -294,6 +283,7 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
         pass_turn(1)  # the first turn is the other's
 
     tile, last, full = _receive_item(memory, 0)
+    q_end, kv_end = problem.ends(tile)
     address = problem.address(tile)
     low, high = _starts(problem, address, last, problem.steps(last) - 1, FIRST_MASKED)
     query = _query(problem, memory, 0, WARPGROUP)
@@ -307,31 +297,30 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
         # A step takes the slots group * SLOTS + (0 .. SLOTS - 1) of the list.
         group = problem.steps(last) - 1
         full_groups = full // SLOTS
-        limits = gl.zeros_like(lane) + problem.kv_len  # (64,) the first key that a row must not see
+        limits = gl.zeros_like(lane) + kv_end  # (64,) the first key that a row must not see
         if problem.IS_CAUSAL:
             _, _, row = problem.place(tile)
-            positions = row + WARPGROUP * ROWS + lane + problem.kv_len - problem.q_len
+            positions = row + WARPGROUP * ROWS + lane + kv_end - q_end
             limits = gl.minimum(limits, positions + 1)
 
         if FIRST_MASKED:
-            scores = _visible(scores, problem, low, high, limits)
-        no_score = gl.full([ROWS], NO_SCORE, gl.float32, row_layout)
-        p, mass, maximum, _ = _softmax(scores, no_score, problem.scale_log2, True)
+            scores = visible(scores, problem, low, high, limits)
+        p, sums = first_softmax(scores, problem, FIRST_MASKED)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
         p = _operand(p, acc, DTYPE)
         group -= 1
         if problem.MASKED:
             while group >= full_groups:
-                p, acc, mass, maximum = _step(
-                    problem, memory, query, p, acc, mass, maximum, use, address, last, group,
-                    limits, WARPGROUP, True,
+                p, acc, sums = _step(
+                    problem, memory, query, p, acc, sums, use, address, last, group, limits,
+                    WARPGROUP, True,
                 )  # fmt: skip
                 use += 1
                 group -= 1
         while group >= 0:
-            p, acc, mass, maximum = _step(
-                problem, memory, query, p, acc, mass, maximum, use, address, last, group,
-                limits, WARPGROUP, False,
+            p, acc, sums = _step(
+                problem, memory, query, p, acc, sums, use, address, last, group, limits,
+                WARPGROUP, False,
             )  # fmt: skip
             use += 1
             group -= 1
@@ -339,6 +328,7 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
 
         turn += 1
         next_tile, next_last, full = _receive_item(memory, turn)
+        next_q_end, next_kv_end = problem.ends(next_tile)
         address = problem.address(next_tile)
         group = problem.steps(next_last) - 1
         low, high = _starts(problem, address, next_last, group, FIRST_MASKED)
@@ -347,29 +337,35 @@ def _consumer(problem, memory, out_desc, lse_ptr, WARPGROUP: gl.constexpr):
         acc = warpgroup_mma_wait(0, deps=(acc,))
         memory.values.release(use - 1)
         use += 1
-        _store(problem, memory, out_desc, lse_ptr, acc, mass, maximum, tile, last, WARPGROUP)
+        _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP)
         tile = next_tile
         last = next_last
+        q_end = next_q_end
+        kv_end = next_kv_end
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=(*LENGTHS, "items", "heads", "group"))
 def _forward_kernel(
-    query_desc, key_desc, value_desc, out_desc, lse_ptr, indices_ptr, items_ptr,
+    query_desc, key_desc, value_desc, out_desc, lse_ptr, row_ptr, block_ptr,
+    indices_ptr, kv_lens_ptr, q_lens_ptr, items_ptr,
     index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, items, scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
+    HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr,
+    ROW_ENTROPY: gl.constexpr, BLOCK_ENTROPY: gl.constexpr,
     PING_PONG: gl.constexpr, QUERY_REGISTERS: gl.constexpr, PIN: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     problem = Problem(
-        indices_ptr, index_stride_b, index_stride_h, index_stride_t,
+        indices_ptr, kv_lens_ptr, q_lens_ptr, index_stride_b, index_stride_h, index_stride_t,
         heads, group, q_len, kv_len, q_tiles, scale_log2,
         WARPGROUPS * ROWS, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, IS_CAUSAL or MAY_CUT, LISTED,
-        PING_PONG, QUERY_REGISTERS, PIN,
+        HAS_KV_LENS, HAS_Q_LENS, ROW_ENTROPY, BLOCK_ENTROPY, PING_PONG, QUERY_REGISTERS, PIN,
     )  # fmt: skip
+    results = Results(out_desc, lse_ptr, row_ptr, block_ptr)
     dtype: gl.constexpr = out_desc.dtype
     out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
@@ -391,8 +387,8 @@ def _forward_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (problem, memory, out_desc, lse_ptr, FIRST)),
-                (_consumer, (problem, memory, out_desc, lse_ptr, SECOND)),
+                (_consumer, (problem, memory, results, FIRST)),
+                (_consumer, (problem, memory, results, SECOND)),
                 (_producer, produce),
             ],
             [4, 1],
@@ -400,7 +396,7 @@ def _forward_kernel(
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (problem, memory, out_desc, lse_ptr, FIRST)), (_producer, produce)],
+            [(_consumer, (problem, memory, results, FIRST)), (_producer, produce)],
             [1],
             [PRODUCER_REGISTERS],
         )
@@ -458,10 +454,7 @@ def unsupported(
     block_size: tuple[int, int],
     scale: float,
     *,
-    kv_lens: Tensor | None = None,
-    q_lens: Tensor | None = None,
     window: int = 0,
-    entropy: bool = False,
 ) -> str | None:
     """Why this kernel cannot take a call, or None if it can. Never waits for the device."""
     if architecture(query.device) != "sm90":
@@ -476,12 +469,12 @@ def unsupported(
         return "the copy engine needs addresses and strides that are multiples of 16 bytes"
     if scale <= 0:
         return "the running maximum needs a positive scale"
-    if kv_lens is not None or q_lens is not None or window > 0 or entropy:
-        return "it has no lengths a batch row, no window and no entropies"
+    if window > 0:
+        return "it has no window"
     return None
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What the copy engine needs to move (rows, columns) boxes of (B, H, N, D)."""
     # The stride of a dimension of size 1 is never used, but has to be a valid one.
     strides = [s if n > 1 else 16 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
@@ -502,23 +495,33 @@ def hopper_forward(
     scale: float,
     config: HopperConfig | None = None,
     order: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    row_entropy: bool = False,
+    block_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel, for calls that `unsupported` has nothing against.
 
     Args:
-        order: of `work_order` for the same lists; None computes it, in one short launch.
+        order: of `work_order` for the same lists and lengths; None computes it, in one short
+            launch.
+        kv_lens, q_lens: (B,) int32 valid lengths, or None.
 
     Returns:
-        out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, as `block_sparse_forward`.
+        out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, row and block entropy, each like lse or empty,
+        as `block_sparse_forward`.
     """
     heads, q_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    row = torch.empty_like(lse) if row_entropy else lse.new_empty(0)
+    block = torch.empty_like(lse) if block_entropy else lse.new_empty(0)
     if out.numel() == 0:
-        return out, lse
+        return out, lse, row, block
     if kv_len == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
 
     config = config or hopper_config(head_dim, block_size)
     block_m = 64 * config.warpgroups
@@ -527,7 +530,7 @@ def hopper_forward(
     multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
     if order is None:
         order = work_order(
-            query, key, counts, indices, block_size, block_m, is_causal, l2_bytes
+            query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
         )  # fmt: skip
     items = order.shape[0] - 1
     # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
@@ -535,18 +538,23 @@ def hopper_forward(
     launch_registers, *registers = REGISTERS[config.programs]
     with device_of(query):
         _forward_kernel[(min(items, multiprocessors * config.programs),)](
-            _descriptor(query, 64, block_d), _descriptor(key, *box), _descriptor(value, *box),
-            _descriptor(out, 64, block_d), lse, order if indices is None else indices, order,
+            descriptor(query, 64, block_d), descriptor(key, *box), descriptor(value, *box),
+            descriptor(out, 64, block_d), lse, row, block,
+            # An int32 tensor stands where there is none.
+            *(order if x is None else x for x in (indices, kv_lens, q_lens)), order,
             *list_strides(counts, indices)[3:],
             heads, heads // kv_heads, q_len, kv_len, triton.cdiv(q_len, block_m), items,
             exponent_scale(scale),
             BLOCK_D=block_d, BLOCK_N=config.block_n,
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
             WARPGROUPS=config.warpgroups, STAGES=config.stages,
-            IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
+            IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+            LISTED=indices is not None,
+            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+            ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
             PING_PONG=config.ping_pong and config.warpgroups == 2,
             QUERY_REGISTERS=config.query_registers, PIN=config.pin,
             CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
             num_warps=4, maxnreg=launch_registers,
         )  # fmt: skip
-    return out, lse
+    return out, lse, row, block

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import LENGTHS, device_of, list_strides
-from entropy_attn.kernels.primitives import head_base
+from entropy_attn.kernels.primitives import head_base, valid_length
 
 # That are compared with each other, unless one head has more.
 MOST_ITEMS = 16384
@@ -26,63 +26,69 @@ ITEM_FIELDS = tl.constexpr(4)
 
 
 @triton.jit
-def _reach(tiles, q_len, kv_len, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _reach(
+    tiles, q_end, kv_end, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
     """Key blocks with a key that the last query of a tile may see, queries aligned to the end."""
-    last_rows = tl.minimum((tiles + 1) * BLOCK_M, q_len) - 1
-    return tl.maximum(last_rows + kv_len - q_len + BLOCK_K, 0) // BLOCK_K
+    reach = tl.zeros_like(tiles) + tl.cdiv(kv_end, BLOCK_K)
+    if IS_CAUSAL:
+        last_rows = tl.minimum((tiles + 1) * BLOCK_M, q_end) - 1
+        diagonal = tl.maximum(last_rows + kv_end - q_end + BLOCK_K, 0) // BLOCK_K
+        reach = tl.minimum(reach, diagonal)
+    return reach
 
 
 @triton.jit
 def _lengths(
-    counts_ptr, batch, head, tiles, valid, count_strides, q_len, kv_len,
+    counts_ptr, batch, head, tiles, valid, count_strides, q_end, kv_end,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, LISTED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LISTED: tl.constexpr, HAS_Q_LENS: tl.constexpr,
 ):  # fmt: skip
     """At most how many key blocks tiles of queries visit; -1 where not valid.
 
-    Exact but for causal lists that name blocks after the diagonal.
+    Exact but for lists that name blocks after the diagonal or after the last valid key.
     """
-    length = tl.zeros_like(tiles) + tl.cdiv(kv_len, BLOCK_K)
+    length = _reach(tiles, q_end, kv_end, BLOCK_M, BLOCK_K, IS_CAUSAL)
     if LISTED:
         offsets = batch * count_strides[0] + head * count_strides[1]
         offsets += (tiles * BLOCK_M // BLOCK_Q) * count_strides[2]
-        length = tl.load(counts_ptr + offsets, mask=valid, other=0)
-    if IS_CAUSAL:
-        length = tl.minimum(length, _reach(tiles, q_len, kv_len, BLOCK_M, BLOCK_K))
+        length = tl.minimum(length, tl.load(counts_ptr + offsets, mask=valid, other=0))
+    if HAS_Q_LENS:
+        length = tl.where(tiles * BLOCK_M < q_end, length, 0)  # a tile of padding visits nothing
     return tl.where(valid, length, -1)
 
 
 @triton.jit(do_not_specialize=(*LENGTHS, "group_heads"))
 def _order_kernel(
-    items_ptr, counts_ptr, indices_ptr,
+    items_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, total_heads, group_heads, q_len, kv_len, q_tiles,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
-    TILES: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     count_strides = count_stride_b, count_stride_h, count_stride_t
     batch_head = tl.program_id(1)  # counts over all heads of all batch rows
     batch, head = batch_head // heads, batch_head % heads
     tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)  # (T,)
     valid = tiles < q_tiles
+    kv_end = valid_length(kv_lens_ptr, batch, kv_len, HAS_KV_LENS)
+    q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
     length = _lengths(
-        counts_ptr, batch, head, tiles, valid, count_strides, q_len, kv_len,
-        BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED,
+        counts_ptr, batch, head, tiles, valid, count_strides, q_end, kv_end,
+        BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS,
     )  # fmt: skip
 
     # The blocks of a list that are visited at all, and those that need no mask.
     last = length
     full = length
     if IS_CAUSAL or MAY_CUT:
-        clear = tl.zeros_like(tiles) + kv_len // BLOCK_K
+        clear = tl.zeros_like(tiles) + kv_end // BLOCK_K
         if IS_CAUSAL:
-            first_positions = tl.maximum(tiles * BLOCK_M + kv_len - q_len + 1, 0)
+            first_positions = tl.maximum(tiles * BLOCK_M + kv_end - q_end + 1, 0)
             clear = tl.minimum(clear, first_positions // BLOCK_K)
         if LISTED:
-            reach = tl.zeros_like(tiles) + tl.cdiv(kv_len, BLOCK_K)
-            if IS_CAUSAL:
-                reach = tl.minimum(reach, _reach(tiles, q_len, kv_len, BLOCK_M, BLOCK_K))
+            reach = _reach(tiles, q_end, kv_end, BLOCK_M, BLOCK_K, IS_CAUSAL)
             lists = head_base(indices_ptr, batch, head, index_stride_b, index_stride_h)
             rows = lists + (tiles * BLOCK_M // BLOCK_Q).to(tl.int64) * index_stride_t
             last = tl.zeros_like(tiles)
@@ -103,11 +109,14 @@ def _order_kernel(
     rank = tl.zeros_like(tiles)
     for start in range(0, group_items, CHUNK):
         others = start + tl.arange(0, CHUNK)  # (C,)
-        other_head = first_head + others // q_tiles
+        other_head = tl.minimum(first_head + others // q_tiles, total_heads - 1)
+        other_batch = other_head // heads
+        other_kv_end = valid_length(kv_lens_ptr, other_batch, kv_len, HAS_KV_LENS)
+        other_q_end = valid_length(q_lens_ptr, other_batch, q_len, HAS_Q_LENS)
         other = _lengths(
-            counts_ptr, other_head // heads, other_head % heads, others % q_tiles,
-            others < group_items, count_strides, q_len, kv_len,
-            BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED,
+            counts_ptr, other_batch, other_head % heads, others % q_tiles,
+            others < group_items, count_strides, other_q_end, other_kv_end,
+            BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS,
         )  # fmt: skip
         is_longer = other[None, :] > length[:, None]  # (T, C)
         is_tied = (other[None, :] == length[:, None]) & (others[None, :] < own[:, None])
@@ -149,12 +158,18 @@ def work_order(
     block_m: int,
     is_causal: bool,
     l2_bytes: int,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
 ) -> Tensor:
     """The work items in the order in which they are to be claimed.
 
-    It depends on the lists, the shapes and is_causal alone, never on the values of query and key:
-    a caller with the same mask in every layer may keep it as long as the lists are unchanged. But
-    two launches that may overlap, on different streams, must not share one: it holds the counter.
+    It depends on the lists, the lengths, the shapes and is_causal alone, never on the values of
+    query and key: a caller with the same mask in every layer may keep it as long as lists and
+    lengths are unchanged. But two launches that may overlap, on different streams, must not share
+    one: it holds the counter.
+
+    Args:
+        kv_lens, q_lens: (B,) int32 valid lengths, or None; read on the device.
 
     Returns:
         (B * Hq * tiles + 1, 4) int32: the tile's number, ((b * Hq + h) * tiles + t); how many
@@ -172,10 +187,12 @@ def work_order(
     tiles_a_program = 32
     with device_of(query):
         _order_kernel[(triton.cdiv(tiles, tiles_a_program), batch * heads)](
-            items, counts, indices, *list_strides(counts, indices),
+            items, counts, indices, kv_lens, q_lens, *list_strides(counts, indices),
             heads, batch * heads, together, q_len, kv_len, tiles,
             BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-            IS_CAUSAL=is_causal, MAY_CUT=kv_len % block_size[1] != 0, LISTED=indices is not None,
+            IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+            LISTED=indices is not None,
+            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
             TILES=tiles_a_program, CHUNK=64, num_warps=4,
         )  # fmt: skip
     return items

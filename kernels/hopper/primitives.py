@@ -23,6 +23,23 @@ def exp2(x):
 
 
 @gluon.jit
+def log2(x):
+    """Logarithm to base 2, one instruction; x is at least 2^-126."""
+    return gl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def settled(x):
+    """x, by a shuffle to where it is: ptxas moves that over no branch, nor what it needs."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 0, 31, 0xffffffff;", "=f,f", [x], dtype=gl.float32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def take_turn(warpgroup: gl.constexpr):
     """Wait until the other warpgroup has issued its products."""
     gl.inline_asm_elementwise(
@@ -204,10 +221,34 @@ class Memory:
 
 
 @aggregate
+class Results:
+    """Where the results go.
+
+    Attributes:
+        out: the descriptor of O.
+        lse, row, block: (B, Hq, Nq) fp32; entropies that are not wanted are never written.
+    """
+
+    out: tma.tensor_descriptor
+    lse: gl.tensor
+    row: gl.tensor
+    block: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, out, lse, row, block):
+        self.out = out
+        self.lse = lse
+        self.row = row
+        self.block = block
+
+
+@aggregate
 class Problem:
-    """The block lists, the shapes and how the kernel is built."""
+    """The block lists, the lengths, the shapes and how the kernel is built."""
 
     indices: gl.tensor
+    kv_lens: gl.tensor
+    q_lens: gl.tensor
     stride_b: gl.tensor
     stride_h: gl.tensor
     stride_t: gl.tensor
@@ -224,17 +265,23 @@ class Problem:
     IS_CAUSAL: gl.constexpr
     MASKED: gl.constexpr
     LISTED: gl.constexpr
+    HAS_KV_LENS: gl.constexpr
+    HAS_Q_LENS: gl.constexpr
+    ROW_ENTROPY: gl.constexpr
+    BLOCK_ENTROPY: gl.constexpr
     PING_PONG: gl.constexpr
     QUERY_REGISTERS: gl.constexpr
     PIN: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, indices, stride_b, stride_h, stride_t, heads, group, q_len, kv_len, q_tiles,
-        scale_log2, BLOCK_M, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED, LISTED,
-        PING_PONG, QUERY_REGISTERS, PIN,
+        self, indices, kv_lens, q_lens, stride_b, stride_h, stride_t, heads, group, q_len, kv_len,
+        q_tiles, scale_log2, BLOCK_M, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED, LISTED,
+        HAS_KV_LENS, HAS_Q_LENS, ROW_ENTROPY, BLOCK_ENTROPY, PING_PONG, QUERY_REGISTERS, PIN,
     ):  # fmt: skip
         self.indices = indices
+        self.kv_lens = kv_lens
+        self.q_lens = q_lens
         self.stride_b = stride_b
         self.stride_h = stride_h
         self.stride_t = stride_t
@@ -251,6 +298,10 @@ class Problem:
         self.IS_CAUSAL = gl.constexpr(IS_CAUSAL)
         self.MASKED = gl.constexpr(MASKED)
         self.LISTED = gl.constexpr(LISTED)
+        self.HAS_KV_LENS = gl.constexpr(HAS_KV_LENS)
+        self.HAS_Q_LENS = gl.constexpr(HAS_Q_LENS)
+        self.ROW_ENTROPY = gl.constexpr(ROW_ENTROPY)
+        self.BLOCK_ENTROPY = gl.constexpr(BLOCK_ENTROPY)
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.QUERY_REGISTERS = gl.constexpr(QUERY_REGISTERS)
         self.PIN = gl.constexpr(PIN)
@@ -264,6 +315,18 @@ class Problem:
             batch_head % self.heads,
             tile % self.q_tiles * self.BLOCK_M,
         )
+
+    @gluon.jit
+    def ends(self, tile):
+        """Valid queries and keys of a tile's batch row; a tile below 0 stands for the first."""
+        batch, _, _ = self.place(gl.maximum(tile, 0))
+        q_end = self.q_len
+        kv_end = self.kv_len
+        if self.HAS_Q_LENS:
+            q_end = gl.minimum(gl.load(self.q_lens + batch), q_end)
+        if self.HAS_KV_LENS:
+            kv_end = gl.minimum(gl.load(self.kv_lens + batch), kv_end)
+        return q_end, kv_end
 
     @gluon.jit
     def address(self, tile):

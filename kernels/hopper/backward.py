@@ -1,0 +1,460 @@
+"""Block-sparse attention, backward, for Hopper (sm_90a): one pass over the scores, in Gluon.
+
+The same sums as `entropy_attn.kernels.block_sparse_backward`, without entropies, lengths a batch
+row and windows. With P = exp(S - lse), dP = dO V^T, delta_i = dO_i . O_i - dlse_i:
+    dS = P * (dP - delta),  dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K.
+
+A program takes a block of 128 keys and walks over the queries that list it (the transposed lists,
+CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV in
+registers; a producer warp feeds rings of queries and of their gradients through the copy engine,
+with each row's lse and delta. Scores are computed once, transposed, so that P^T and dS^T are left
+operands in the registers where they are.
+
+dQ is the sum of the programs' parts: dS goes through shared memory, as each warpgroup needs both
+halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
+fp32 sums in memory (as in FlashAttention-3, Shah et al., arXiv 2407.08608). The order of these
+additions is not fixed. dQ of a step is computed in the step after, so that a warpgroup does not
+wait for what the other does at the same time.
+
+Memory and barriers. `Ring` is described in `primitives`. For dS a slot is filled by both
+warpgroups, each its half, and read by both:
+    step s:  S(s) | dQ(s - 1) from slot s of dS | P, dV(s), dP(s), dS into slot s + 1 | dK(s)
+Slot 0 counts as full at the start, with anything in it: the writer drops what comes of it. Nobody
+has to say that a slot is free: once slot s is full, in step s, the other warpgroup has read slot
+s - 1, in step s - 1, and that is the one which step s fills.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from entropy_attn.kernels.hopper import forward
+from entropy_attn.kernels.hopper.columns import (
+    BLOCK_N,
+    KEYS,
+    PIECE,
+    Buffers,
+    Columns,
+    add_to_global,
+)
+from entropy_attn.kernels.hopper.forward import REGISTERS, descriptor
+from entropy_attn.kernels.hopper.primitives import barriers, exp2, ring
+from entropy_attn.kernels.launch import (
+    LENGTHS,
+    adjacent_lists,
+    device_of,
+    exponent_scale,
+    has_copy_engine,
+    list_strides,
+)
+
+# Producer
+
+
+@gluon.jit
+def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row):
+    """Fill a slot with queries, their gradients, lse and delta."""
+    ring = buffers.queries
+    ROWS: gl.constexpr = ring.boxes.shape[3]
+    BYTES: gl.constexpr = 2 * ROWS * (2 * ring.boxes.shape[4] + 4)
+    ring.wait_empty(use)
+    slot = use % ring.SLOTS
+    full = ring.full.index(slot)
+    mbarrier.expect(full, BYTES)
+    place = [batch, head, start, 0]
+    tma.async_copy_global_to_shared(query_desc, place, full, ring.boxes.index(2 * slot))
+    tma.async_copy_global_to_shared(
+        rows_desc, [row, start], full, buffers.row_boxes.index(2 * slot)
+    )
+    tma.async_copy_global_to_shared(grad_desc, place, full, ring.boxes.index(2 * slot + 1))
+    tma.async_copy_global_to_shared(
+        rows_desc, [row + 1, start], full, buffers.row_boxes.index(2 * slot + 1)
+    )
+
+
+@gluon.jit
+def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc):
+    batch, kv_head, key_start = columns.place()
+    buffers.keys.fetch(0, key_desc, batch, kv_head, key_start, key_start + KEYS)
+    buffers.values.fetch(0, value_desc, batch, kv_head, key_start, key_start + KEYS)
+    use = 0
+    member = 0
+    while member < columns.GROUP:
+        head = kv_head * columns.GROUP + member
+        row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
+        pointer, count = columns.column(batch, head, key_start)
+        step, _, last = columns.steps(pointer, count, key_start)
+        start = columns.start(pointer, step, last)
+        while step < last:
+            next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
+            _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row)
+            use += 1
+            step += 1
+            start = next_start
+        member += 1
+
+
+# Consumers
+
+
+@gluon.jit
+def _operand(x, acc, DTYPE: gl.constexpr):
+    """x (64, M) as left operand of a product that is added to acc, in the registers where it is."""
+    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon.jit
+def _row_values(buffers, use, layout: gl.constexpr, PART: gl.constexpr):
+    """(M,) lse or delta of a slot's rows."""
+    return buffers.row_values.index(use % buffers.queries.SLOTS * 2 + PART).load(layout)
+
+
+@gluon.jit
+def _query_product(columns, buffers, use, WARPGROUP: gl.constexpr):
+    """Start this warpgroup's part of dQ, (64, 64), from slot ``use`` of dS: two products."""
+    CHUNKS: gl.constexpr = buffers.keys.tiles.shape[2] // PIECE  # of a row of keys
+    HALVES: gl.constexpr = columns.BLOCK_M // 64  # of a row of dS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
+    mbarrier.wait(buffers.scores_full.index(use % 2), use // 2 & 1)
+    acc = gl.zeros([64, PIECE], gl.float32, layout)
+    # With 64 queries a step the warpgroups share the columns of dQ, with 128 its rows.
+    for half in gl.static_range(2):
+        piece = (use % 2 * 2 + half) * HALVES + WARPGROUP * (HALVES - 1)
+        scores = buffers.pieces.index(piece).permute((1, 0))  # (64 queries, 64 keys)
+        piece = half * CHUNKS + WARPGROUP * (CHUNKS - 1)
+        keys = buffers.key_pieces.index(piece)  # (64 keys, 64 columns)
+        acc = warpgroup_mma(scores, keys, acc, use_acc=half > 0, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _hand_over(columns, buffers, acc, use, WARPGROUP: gl.constexpr):
+    """Give this warpgroup's part of dQ to the writer."""
+    mbarrier.wait(buffers.sum_empty, use & 1 ^ 1)
+    buffers.sum_tiles.index(WARPGROUP).store(acc * columns.scale)
+    fence_async_shared()
+    mbarrier.arrive(buffers.sum_full, count=1)
+
+
+@gluon.jit
+def _step(
+    columns, buffers, grad_key, grad_value, use, start, key_start,
+    WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Add the queries of a step to dK and dV, and hand over dQ of the step before."""
+    BLOCK_M: gl.constexpr = columns.BLOCK_M
+    DTYPE: gl.constexpr = buffers.queries.tiles.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    keys = buffers.keys.tile(0, WARPGROUP)  # (64, D)
+    values = buffers.values.tile(0, WARPGROUP)  # (64, D)
+    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
+
+    buffers.queries.wait_full(use)
+    query = buffers.queries.tile(use)  # (M, D)
+    scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    query_part = _query_product(columns, buffers, use, WARPGROUP)
+    scores, query_part = warpgroup_mma_wait(0, deps=(scores, query_part))  # (64, M)
+    _hand_over(columns, buffers, query_part, use, WARPGROUP)
+    grad = buffers.queries.tile(use, 1)  # (M, D)
+    delta = _row_values(buffers, use, row_layout, 1)  # (M,)
+    grad_p = zeros - delta[None, :]  # the product is added to it
+    if columns.EARLY:
+        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
+    lse = _row_values(buffers, use, row_layout, 0)  # (M,)
+    if MASKED:
+        # The first query of the step that sees each key.
+        keys_seen = key_start + WARPGROUP * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, layout))
+        first = gl.zeros_like(keys_seen)  # (64,)
+        if columns.IS_CAUSAL:
+            first = keys_seen - (start + columns.kv_len - columns.q_len)
+        if columns.MAY_CUT:
+            first = gl.where(keys_seen < columns.kv_len, first, BLOCK_M)
+        lane = gl.arange(0, BLOCK_M, row_layout)  # (M,)
+        scores = gl.where(lane[None, :] >= first[:, None], scores, float("-inf"))
+    p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
+
+    grad_value = warpgroup_mma(_operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
+    if columns.EARLY:
+        grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
+    else:
+        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
+        grad_p, grad_value = warpgroup_mma_wait(0, deps=(grad_p, grad_value))  # (64, M)
+    grad_scores = _operand(p * grad_p, grad_key, DTYPE)  # (64, M)
+
+    slot = (use + 1) % 2
+    buffers.scores.index(slot * 2 + WARPGROUP).store(gl.convert_layout(grad_scores, layout))
+    fence_async_shared()
+    mbarrier.arrive(buffers.scores_full.index(slot), count=1)
+    grad_key = warpgroup_mma(grad_scores, query, grad_key, is_async=True)
+    grad_key, grad_value = warpgroup_mma_wait(0, deps=(grad_key, grad_value))
+    buffers.queries.release(use)
+    return grad_key, grad_value
+
+
+@gluon.jit
+def _store(buffers, descriptor, grad, batch, head, start, WARPGROUP: gl.constexpr):
+    """Write dK or dV of this warpgroup's keys, those that exist."""
+    tma.store_wait(0)
+    tile = buffers.out_tiles.index(WARPGROUP)
+    tile.store(grad.to(tile.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(
+        descriptor, [batch, head, start, 0], buffers.out_boxes.index(WARPGROUP)
+    )
+
+
+@gluon.jit
+def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.constexpr):
+    BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    batch, kv_head, key_start = columns.place()
+    grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
+    grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
+    mbarrier.arrive(buffers.scores_full.index(0), count=1)
+    buffers.keys.wait_full(0)
+    buffers.values.wait_full(0)
+    use = 0
+    member = 0
+    while member < columns.GROUP:
+        pointer, count = columns.column(batch, kv_head * columns.GROUP + member, key_start)
+        step, clear, last = columns.steps(pointer, count, key_start)
+        if columns.IS_CAUSAL or columns.MAY_CUT:
+            start = columns.start(pointer, step, last)
+            while step < clear:
+                next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
+                grad_key, grad_value = _step(
+                    columns, buffers, grad_key, grad_value, use, start, key_start, WARPGROUP, True
+                )
+                start = next_start
+                use += 1
+                step += 1
+        while step < last:
+            grad_key, grad_value = _step(
+                columns, buffers, grad_key, grad_value, use, 0, key_start, WARPGROUP, False
+            )
+            use += 1
+            step += 1
+        member += 1
+    query_part = _query_product(columns, buffers, use, WARPGROUP)
+    query_part = warpgroup_mma_wait(0, deps=(query_part,))
+    _hand_over(columns, buffers, query_part, use, WARPGROUP)
+    mbarrier.wait(buffers.sum_empty, use & 1)  # dK and dV leave through the same memory
+    start = key_start + WARPGROUP * KEYS
+    _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
+    _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
+    tma.store_wait(0)
+
+
+# Writer
+
+
+@gluon.jit
+def _writer(columns, buffers, sum_desc):
+    """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
+    batch, kv_head, key_start = columns.place()
+    mbarrier.wait(buffers.sum_full, 0)
+    mbarrier.arrive(buffers.sum_empty, count=1)
+    use = 1
+    member = 0
+    while member < columns.GROUP:
+        head = kv_head * columns.GROUP + member
+        pointer, count = columns.column(batch, head, key_start)
+        step, _, last = columns.steps(pointer, count, key_start)
+        while step < last:
+            row = columns.start(pointer, step, last)
+            mbarrier.wait(buffers.sum_full, use & 1)
+            add_to_global(sum_desc, [batch, head, row, 0], buffers.sum_boxes.index(0))
+            # The second warpgroup has the other rows, or the other columns.
+            if columns.BLOCK_M == 64:
+                add_to_global(sum_desc, [batch, head, row, PIECE], buffers.sum_boxes.index(1))
+            else:
+                add_to_global(sum_desc, [batch, head, row + 64, 0], buffers.sum_boxes.index(1))
+            tma.store_wait(0)
+            mbarrier.arrive(buffers.sum_empty, count=1)
+            use += 1
+            step += 1
+        member += 1
+
+
+@gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads"))
+def _backward_kernel(
+    query_desc, key_desc, value_desc, grad_desc, rows_desc, sum_desc, grad_key_desc,
+    grad_value_desc, offsets_ptr, rows_ptr,
+    count_stride_b, count_stride_h, index_stride_b, index_stride_h,
+    kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
+    GROUP: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
+    STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
+    EARLY: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    columns = Columns(
+        offsets_ptr, rows_ptr, count_stride_b, count_stride_h, index_stride_b, index_stride_h,
+        kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
+        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
+    )  # fmt: skip
+    dtype: gl.constexpr = query_desc.dtype
+    keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 2)
+    piece_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], dtype)
+    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], dtype)
+    scores = gl.allocate_shared_memory(dtype, [4, KEYS, BLOCK_M], score_layout)
+    row_boxes = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
+    sum_boxes = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, PIECE], sum_desc.layout)
+    sum_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
+    buffers = Buffers(
+        keys,
+        ring(value_desc, 1, 2, KEYS, BLOCK_D, 2),
+        ring(query_desc, STAGES, 2, BLOCK_M, BLOCK_D, 2),
+        row_boxes,
+        row_boxes._reinterpret(
+            gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        ),
+        scores,
+        scores._reinterpret(dtype, [4 * BLOCK_M // PIECE, KEYS, PIECE], piece_layout),
+        barriers(2, 2),
+        keys.boxes._reinterpret(dtype, [2 * BLOCK_D // PIECE, KEYS, PIECE], piece_layout),
+        sum_boxes,
+        sum_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
+        barriers(1, 2).index(0),
+        barriers(1, 1).index(0),
+        sum_boxes._reinterpret(dtype, [2, 1, 1, KEYS, BLOCK_D], grad_key_desc.layout),
+        sum_boxes._reinterpret(dtype, [2, KEYS, BLOCK_D], out_layout),
+    )
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    produce = columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc
+    gl.warp_specialize(
+        [
+            (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, FIRST)),
+            (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, SECOND)),
+            (_producer, produce),
+            (_writer, (columns, buffers, sum_desc)),
+        ],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+# Launcher
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """How the kernel is built.
+
+    Attributes:
+        block_m: queries a step, 64 for head_dim over 64 and 128 below.
+        stages: slots of the ring of queries and their gradients.
+        early: dP is started before the exponentials, not after them.
+    """
+
+    block_m: int
+    stages: int
+    early: bool = False
+
+
+def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
+    """The default."""
+    return HopperBackwardConfig(64, 2) if head_dim > 64 else HopperBackwardConfig(128, 2)
+
+
+def _row_descriptor(statistics: Tensor, length: int) -> TensorDescriptor:
+    """Of the (.., length) pieces of the rows of a contiguous fp32 tensor, taken as 2D."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(statistics.flatten(0, -2), [1, length], layout)
+
+
+def _sum_descriptor(sums: Tensor) -> TensorDescriptor:
+    """Of (64, 64) tiles of contiguous (B, H, N, D) fp32."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    return TensorDescriptor.from_tensor(sums, [1, 1, 64, PIECE.value], layout)
+
+
+def unsupported(
+    grad_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    block_size: tuple[int, int],
+    scale: float,
+    *,
+    has_lengths: bool,
+    window: int,
+    entropy: bool,
+) -> str | None:
+    """Why this kernel cannot take a call, or None if it can. Never waits for the device."""
+    if block_size[0] % 128 or block_size[1] != BLOCK_N.value:
+        return f"it has tiles for blocks of 128 keys and multiples of 128 queries, not {block_size}"
+    if has_lengths or window > 0 or entropy:
+        return "it has no lengths a batch row, no window and no gradients of entropies"
+    if grad_out is None or value is None:
+        return "there must be a gradient of the output"
+    if not has_copy_engine("sm90", grad_out):
+        return "the copy engine needs a gradient with strides that are multiples of 16 bytes"
+    return forward.unsupported(query, key, value, block_size, scale)
+
+
+def hopper_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    statistics: Tensor,
+    columns: tuple[Tensor, Tensor] | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    scale: float,
+    config: HopperBackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel, for calls that `unsupported` has nothing against.
+
+    Args:
+        statistics: (B, Hq, 2, padded Nq) fp32 of `kernels/backward_statistics.py`.
+        columns: the transposed lists in CSR form, as `block_sparse_backward` takes them.
+
+    Returns:
+        dQ, dK, dV, contiguous, in the dtype of the inputs.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.zeros_like(query), grad_key.zero_(), grad_value.zero_()
+    config = config or hopper_backward_config(head_dim)
+    block_d = 64 if head_dim <= 64 else 128
+    offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
+    strides = list_strides(offsets, rows)
+    sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    kv_tiles = triton.cdiv(kv_len, BLOCK_N.value)
+    _, *registers = REGISTERS[1]
+    with device_of(query):
+        _backward_kernel[(kv_tiles * batch * kv_heads,)](
+            descriptor(query, config.block_m, block_d), descriptor(key, 64, block_d),
+            descriptor(value, 64, block_d), descriptor(grad_out, config.block_m, block_d),
+            _row_descriptor(statistics, config.block_m), _sum_descriptor(sums),
+            descriptor(grad_key, 64, block_d), descriptor(grad_value, 64, block_d),
+            statistics if offsets is None else offsets, statistics if rows is None else rows,
+            *strides[:2], *strides[3:5],
+            kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
+            GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
+            BLOCK_Q=block_size[0], STAGES=config.stages, IS_CAUSAL=is_causal,
+            MAY_CUT=kv_len % BLOCK_N.value != 0, LISTED=rows is not None,
+            EARLY=config.early,
+            CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
+            num_warps=4,
+        )  # fmt: skip
+    return sums.to(query.dtype), grad_key, grad_value

@@ -1,0 +1,191 @@
+"""Parts of the Hopper backward: transposed lists, shared memory, sums by the copy engine."""
+
+# No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.language.core import _aggregate as aggregate
+
+from entropy_attn.kernels.hopper.primitives import Ring
+
+KEYS = gl.constexpr(64)  # a warpgroup's
+BLOCK_N = gl.constexpr(128)  # a program's
+# Columns of 16 bits that a row of swizzled shared memory has: tiles are made of such pieces.
+PIECE = gl.constexpr(64)
+
+
+@builtin
+def add_to_global(descriptor, coordinates, source, _semantic=None):
+    """Let the copy engine add a tile in shared memory to one in global memory."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
+
+
+@aggregate
+class Columns:
+    """The transposed block lists, the shapes and how the kernel is built."""
+
+    offsets: gl.tensor
+    rows: gl.tensor
+    offset_stride_b: gl.tensor
+    offset_stride_h: gl.tensor
+    row_stride_b: gl.tensor
+    row_stride_h: gl.tensor
+    kv_heads: gl.tensor
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    kv_tiles: gl.tensor
+    scale_log2: gl.tensor
+    scale: gl.tensor
+    GROUP: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    IS_CAUSAL: gl.constexpr
+    MAY_CUT: gl.constexpr
+    LISTED: gl.constexpr
+    EARLY: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, offsets, rows, offset_stride_b, offset_stride_h, row_stride_b, row_stride_h,
+        kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
+        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
+    ):  # fmt: skip
+        self.offsets = offsets
+        self.rows = rows
+        self.offset_stride_b = offset_stride_b
+        self.offset_stride_h = offset_stride_h
+        self.row_stride_b = row_stride_b
+        self.row_stride_h = row_stride_h
+        self.kv_heads = kv_heads
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.kv_tiles = kv_tiles
+        self.scale_log2 = scale_log2
+        self.scale = scale
+        self.GROUP = gl.constexpr(GROUP)
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.BLOCK_Q = gl.constexpr(BLOCK_Q)
+        self.IS_CAUSAL = gl.constexpr(IS_CAUSAL)
+        self.MAY_CUT = gl.constexpr(MAY_CUT)
+        self.LISTED = gl.constexpr(LISTED)
+        self.EARLY = gl.constexpr(EARLY)
+
+    @gluon.jit
+    def place(self):
+        """(batch, head of keys, first key) of the program."""
+        program = gl.program_id(0)
+        head = program // self.kv_tiles
+        return head // self.kv_heads, head % self.kv_heads, program % self.kv_tiles * BLOCK_N
+
+    @gluon.jit
+    def column(self, batch, head, key_start):
+        """(pointer, count) of the query blocks that see the program's keys."""
+        count = (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q
+        pointer = self.rows
+        if self.LISTED:
+            base = self.offsets + batch.to(gl.int64) * self.offset_stride_b
+            base += head.to(gl.int64) * self.offset_stride_h + key_start // BLOCK_N
+            begin = gl.load(base)
+            count = (gl.load(base + 1) - begin).to(gl.int32)
+            pointer += batch.to(gl.int64) * self.row_stride_b
+            pointer += head.to(gl.int64) * self.row_stride_h + begin
+        return pointer, count
+
+    @gluon.jit
+    def below(self, pointer, count, limit):
+        """How many blocks of a list stand before ``limit``."""
+        found = gl.minimum(count, limit)
+        if self.LISTED:
+            CHUNK: gl.constexpr = 128
+            layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+            found = 0
+            start = 0
+            while start < count:
+                slots = start + gl.arange(0, CHUNK, layout)
+                blocks = gl.load(pointer + slots, mask=slots < count, other=2147483647)
+                found += gl.sum((blocks < limit).to(gl.int32), 0)
+                start += CHUNK
+        return found
+
+    @gluon.jit
+    def steps(self, pointer, count, key_start):
+        """(first, clear, last) step: before ``first`` nothing is seen, from ``clear`` on all is."""
+        STEPS: gl.constexpr = self.BLOCK_Q // self.BLOCK_M
+        first = 0
+        clear = 0
+        if self.IS_CAUSAL:
+            diagonal = self.kv_len - self.q_len
+            first = gl.maximum(key_start - diagonal, 0) // self.BLOCK_Q
+            first = self.below(pointer, count, first)
+            clear = gl.maximum(key_start + BLOCK_N - 1 - diagonal, 0)
+            clear = self.below(pointer, count, (clear + self.BLOCK_Q - 1) // self.BLOCK_Q)
+        if self.MAY_CUT:
+            clear = gl.where(key_start + BLOCK_N > self.kv_len, count, clear)
+        return first * STEPS, gl.maximum(clear, first) * STEPS, count * STEPS
+
+    @gluon.jit
+    def start(self, pointer, step, last):
+        """First query of a step; past the last query for a step that is none."""
+        STEPS: gl.constexpr = self.BLOCK_Q // self.BLOCK_M
+        block = step // STEPS
+        if self.LISTED:
+            block = gl.load(pointer + block, mask=step < last, other=0)
+        return gl.where(step < last, block * self.BLOCK_Q + step % STEPS * self.BLOCK_M, self.q_len)
+
+
+@aggregate
+class Buffers:
+    """Shared memory and barriers.
+
+    Attributes:
+        keys, values: rings of one slot, two tiles of (64, D).
+        queries: a ring whose slots hold a tile (BLOCK_M, D) of queries and one of their gradients.
+        row_boxes: (2 * slots of `queries`, 1, BLOCK_M) fp32, a slot's lse in base 2 and its delta;
+            row_values: the same memory, (.., BLOCK_M).
+        scores: dS, (2 slots * 2 halves, 64, BLOCK_M); pieces: the same memory by 64 columns;
+            scores_full: its barriers.
+        key_pieces: the keys by 64 columns.
+        sum_boxes, sum_tiles: (2, 64, 64) fp32, dQ on its way to the writer; sum_full and
+            sum_empty are its barriers.
+        out_boxes, out_tiles: the same memory, (2, 64, D), dK and dV on their way out.
+    """
+
+    keys: Ring
+    values: Ring
+    queries: Ring
+    row_boxes: gl.shared_memory_descriptor
+    row_values: gl.shared_memory_descriptor
+    scores: gl.shared_memory_descriptor
+    pieces: gl.shared_memory_descriptor
+    scores_full: gl.shared_memory_descriptor
+    key_pieces: gl.shared_memory_descriptor
+    sum_boxes: gl.shared_memory_descriptor
+    sum_tiles: gl.shared_memory_descriptor
+    sum_full: gl.shared_memory_descriptor
+    sum_empty: gl.shared_memory_descriptor
+    out_boxes: gl.shared_memory_descriptor
+    out_tiles: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(
+        self, keys, values, queries, row_boxes, row_values, scores, pieces, scores_full, key_pieces,
+        sum_boxes, sum_tiles, sum_full, sum_empty, out_boxes, out_tiles,
+    ):  # fmt: skip
+        self.keys = keys
+        self.values = values
+        self.queries = queries
+        self.row_boxes = row_boxes
+        self.row_values = row_values
+        self.scores = scores
+        self.pieces = pieces
+        self.scores_full = scores_full
+        self.key_pieces = key_pieces
+        self.sum_boxes = sum_boxes
+        self.sum_tiles = sum_tiles
+        self.sum_full = sum_full
+        self.sum_empty = sum_empty
+        self.out_boxes = out_boxes
+        self.out_tiles = out_tiles

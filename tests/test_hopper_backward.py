@@ -1,0 +1,120 @@
+"""The Hopper backward: which calls it takes anywhere, its results on a Hopper GPU."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from test_hopper import hopper, irregular_blocks
+
+import entropy_attn as ea
+from entropy_attn import ops
+
+# batch, query heads, key heads, queries, keys, rows of a block, causal, every block
+PROBLEMS = [
+    (2, 4, 2, 1000, 911, 128, False, False),
+    (1, 4, 1, 900, 1100, 256, True, False),
+    (1, 2, 1, 700, 300, 128, True, False),
+    (1, 2, 2, 1024, 1024, 128, True, True),
+    (1, 3, 3, 300, 515, 128, False, True),
+]
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_backward(problem, dtype, head_dim, monkeypatch):
+    """As far from the truth as the reference in the same dtype, and 0 where nothing is seen."""
+    batch, heads, kv_heads, q_len, kv_len, block_q, is_causal, is_full = problem
+    dense = irregular_blocks(batch, heads, q_len, kv_len, (block_q, 128), "cuda")
+    dense[..., 1] = False  # keys that nobody sees
+    mask = ea.BlockMask.from_dense(dense | is_full, (block_q, 128), q_len, kv_len)
+    query, grad = torch.randn(2, batch, heads, q_len, head_dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, batch, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype)
+    grad_lse = torch.randn(batch, heads, q_len, device="cuda")
+
+    def gradients(backend, convert=lambda x: x):
+        leaves = [convert(x).requires_grad_() for x in (query, key, value)]
+        out, lse = ea.block_sparse_attention(
+            *leaves, mask, is_causal=is_causal, return_lse=True, backend=backend
+        )
+        seen = lse.detach().isfinite()
+        loss = torch.where(seen, lse, 0.0) * grad_lse
+        return torch.autograd.grad((out * convert(grad)).sum() + loss.sum(), leaves)
+
+    monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
+    choice, why = ops.backward_kernel(
+        grad, query, key, value, (block_q, 128), 0, head_dim**-0.5
+    )  # fmt: skip
+    assert choice == ops.HOPPER_BACKWARD, why
+    own = gradients("triton")
+    truth = gradients("reference", lambda x: x.double())
+    rounded = gradients("reference", lambda x: x.clone())
+    for name, found, true, reference in zip("qkv", own, truth, rounded, strict=True):
+        scale = true.abs().max()
+        allowed = 2 * (reference - true).abs().max() + torch.finfo(dtype).eps * scale
+        assert (found - true).abs().max() <= allowed, f"gradient of {name}"
+        assert ((found == 0) | (true != 0)).all(), f"gradient of {name}"
+
+
+@hopper
+@pytest.mark.gpu
+def test_deterministic_algorithms(monkeypatch):
+    """The same bits in every run where the user asks for it."""
+    monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
+    query, key, value = torch.randn(3, 1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    mask = ea.BlockMask.random(1, 4, 2048, 2048, 0.5, 128, device="cuda")
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = ea.block_sparse_attention(*leaves, mask, backend="triton")
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients()
+        for _ in range(5):
+            again = gradients()
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel", "why"),
+    [
+        ({}, ops.HOPPER_BACKWARD, "not fixed"),
+        ({"block": (256, 128)}, ops.HOPPER_BACKWARD, ""),
+        ({"block": (64, 64)}, ops.PORTABLE_BACKWARD, "blocks of 128 keys"),
+        ({"length": 2048}, ops.PORTABLE_BACKWARD, "so small"),
+        ({"has_lengths": True}, ops.PORTABLE_BACKWARD, "no lengths"),
+        ({"window": 100}, ops.PORTABLE_BACKWARD, "no window"),
+        ({"entropy": True}, ops.PORTABLE_BACKWARD, "no gradients of entropies"),
+        ({"dtype": torch.float32}, ops.PORTABLE_BACKWARD, "16 bytes"),
+        ({"head_dim": 256}, ops.PORTABLE_BACKWARD, "at most 128"),
+        ({"expanded": True}, ops.PORTABLE_BACKWARD, "16 bytes"),
+        ({"arch": "sm80"}, ops.PORTABLE_BACKWARD, "every GPU"),
+        ({"deterministic": True}, ops.PORTABLE_BACKWARD, "use_deterministic_algorithms"),
+    ],
+)
+def test_which_kernel_runs(change, kernel, why, monkeypatch):
+    case = {"length": 8192, "head_dim": 64, "dtype": torch.bfloat16, "block": (128, 128)}
+    case |= {"window": 0, "arch": "sm90", **change}
+    for module in ("launch", "hopper.forward"):
+        name = f"entropy_attn.kernels.{module}"
+        monkeypatch.setattr(import_module(name), "architecture", lambda device: case["arch"])
+    deterministic = case.get("deterministic", False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    shape = (2, 16, case["length"], case["head_dim"])
+    query = torch.empty(shape, dtype=case["dtype"], device="meta")
+    grad = query[..., :1].expand(shape) if case.get("expanded") else query
+    found, reason = ops.backward_kernel(
+        grad, query, query, query, case["block"], case["window"], 0.1,
+        has_lengths=case.get("has_lengths", False), entropy=case.get("entropy", False),
+    )  # fmt: skip
+    assert found == kernel
+    assert why in reason
