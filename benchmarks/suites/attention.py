@@ -35,23 +35,20 @@ def cases(form: str) -> list[AttentionCase]:
         sparse = replace(dense, density=0.25)
         return [dense, sparse, replace(sparse, direction="backward")]
 
-    found = []
-    for head_dim, densities in ((128, (0.5, 0.25, 0.1)), (64, (0.5, 0.2, 0.1))):
-        found.append(AttentionCase(head_dim, 16384))
-        found += [
-            AttentionCase(head_dim, 16384, d, block) for d in densities for block in (128, 64)
-        ]
-    for head_dim in (128, 64):
-        backward = AttentionCase(head_dim, 8192, direction="backward")
-        found += [backward, replace(backward, density=0.25)]
-    found += [AttentionCase(128, 16384, density, is_causal=True) for density in (1.0, 0.25)]
-    found += [AttentionCase(128, 16384, 0.25, block, irregular=True) for block in (128, 64)]
+    dense, dense_64 = AttentionCase(128, 16384), AttentionCase(64, 16384)
+    quarter, fifth = replace(dense, density=0.25), replace(dense_64, density=0.2)
+    back = replace(quarter, length=8192, direction="backward")
+    found = [dense, quarter, dense_64, fifth, back, replace(back, head_dim=64)]
+    found += [replace(back, head_dim=head_dim, density=1.0) for head_dim in (128, 64)]
+    found += [replace(case, block=64) for case in (quarter, fifth)]
     found += [
-        AttentionCase(head_dim, 8192, 0.25, block=64, direction="backward")
-        for head_dim in (128, 64)
-    ]
-    found.append(AttentionCase(128, 8192, 0.25, irregular=True, direction="backward"))
-    quarter = AttentionCase(128, 16384, 0.25)
+        replace(case, density=density, block=block)
+        for density in (0.5, 0.1) for case in (dense, dense_64) for block in (128, 64)
+    ]  # fmt: skip
+    found += [replace(case, is_causal=True) for case in (dense, quarter)]
+    found += [replace(quarter, irregular=True, block=block) for block in (128, 64)]
+    found += [replace(back, head_dim=head_dim, block=64) for head_dim in (128, 64)]
+    found.append(replace(back, irregular=True))
     found += [replace(quarter, pattern=pattern) for pattern in ("banded", "clustered")]
     found += [replace(quarter, density=0.05), replace(quarter, block=32)]
     # Other lengths: where launches weigh, and long ones.
