@@ -35,7 +35,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 CLI := $(PYTHON) -m entropy_attn.cli
 
-.PHONY: help setup demo test test-gpu lint format bench report clean
+.PHONY: help setup demo test test-gpu soak lint format bench report clean
 
 help: ## Show this list.
 	@echo "make <target>    (VENV=$(VENV); PYTHON=python3 uses an interpreter as it is)"
@@ -55,6 +55,9 @@ test: $(READY) ## Run the tests on the CPU: reference, kernels in Triton's inter
 
 test-gpu: $(READY) ## Run the GPU tests on this machine's GPU and record the outcome.
 	$(PYTHON) tests/gpu_record.py -q -n $(GPU_WORKERS)
+
+soak: $(READY) ## Launch the kernels 10,000 times on random shapes, on a GPU, and check every output.
+	$(PYTHON) tests/soak.py
 
 lint: $(READY) ## Check style, format and types.
 	$(PYTHON) -m ruff check .

@@ -1,0 +1,168 @@
+"""Thousands of launches over random shapes, every output checked: `make soak`, on a GPU.
+
+    python tests/soak.py --launches 10000 --seed 1
+
+Each problem is solved by the reference in fp64 and in its own dtype; the kernels may be twice as
+far from the truth as the latter is, and an epsilon. Then the launches are repeated: outputs,
+entropies, dK and dV must be the same bits each time, dQ only where its sum has a fixed order.
+Calls are sent to the kernel of this GPU's architecture whatever their size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_attn as ea
+from entropy_attn import ops
+from entropy_attn.benchmarks.store import Record, Store
+
+REPEATS = 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One random call; the tensors follow from ``seed``."""
+
+    seed: int
+    batch: int
+    kv_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    dtype: str
+    block: tuple[int, int]
+    is_causal: bool
+    has_lengths: bool
+    density: float
+    entropy: bool
+    backward: bool
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Problem:
+        few = rng.random() < 0.2  # as in decoding
+        entropy = not few and rng.random() < 0.3
+        return cls(
+            seed=rng.randrange(2**31),
+            batch=rng.randint(1, 3),
+            kv_heads=rng.randint(1, 3),
+            group=rng.choice((1, 2, 3, 4)),
+            q_len=rng.randint(1, 16) if few else rng.randint(17, 700),
+            kv_len=rng.randint(1, 900),
+            head_dim=rng.choice((64, 80, 128)),
+            dtype=rng.choice(tuple(DTYPES)),
+            block=rng.choice(((64, 64), (128, 64), (128, 128), (256, 128))),
+            is_causal=rng.random() < 0.5,
+            has_lengths=rng.random() < 0.3,
+            density=rng.choice((0.0, 0.1, 0.3, 0.7, 1.0)),
+            entropy=entropy,
+            backward=not few and rng.random() < 0.5,
+        )
+
+    def tensors(self) -> tuple[list[Tensor], ea.BlockMask, dict[str, Any], Tensor]:
+        """Query, key and value; the mask; options; the gradient of the output."""
+        generator = torch.Generator(DEVICE).manual_seed(self.seed)
+        heads = self.group * self.kv_heads
+
+        def normal(heads: int, length: int) -> Tensor:
+            shape = (self.batch, heads, length, self.head_dim)
+            x = torch.randn(shape, generator=generator, device=DEVICE)
+            return x.to(DTYPES[self.dtype])
+
+        query, grad = normal(heads, self.q_len) * 3, normal(heads, self.q_len)
+        key, value = normal(self.kv_heads, self.kv_len), normal(self.kv_heads, self.kv_len)
+        tiles, blocks = -(-self.q_len // self.block[0]), -(-self.kv_len // self.block[1])
+        shape = (self.batch, heads, tiles, blocks)
+        kept = torch.rand(shape, generator=generator, device=DEVICE) < self.density
+        mask = ea.BlockMask.from_dense(kept, self.block, self.q_len, self.kv_len)
+        options: dict[str, Any] = {"is_causal": self.is_causal}
+        if self.has_lengths:
+            for name, most in (("q_lens", self.q_len), ("kv_lens", self.kv_len)):
+                lens = torch.randint(0, most + 1, (self.batch,), generator=generator, device=DEVICE)
+                options[name] = lens.to(torch.int32)
+        return [query, key, value], mask, options, grad
+
+
+def solve(problem: Problem, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What a backend gives, by name."""
+    inputs, mask, options, grad = problem.tensors()
+    if dtype is not None:
+        inputs, grad = [x.to(dtype) for x in inputs], grad.to(dtype)
+    leaves = [x.requires_grad_(problem.backward) for x in inputs]
+    if problem.entropy:
+        out, entropy = ea.attention_with_entropy(
+            *leaves, block_mask=mask, kinds=("row", "block"), backend=backend, **options
+        )
+        found = {"out": out, "row": entropy.row, "block": entropy.block}
+    else:
+        out, lse = ea.block_sparse_attention(
+            *leaves, mask, return_lse=True, backend=backend, **options
+        )
+        found = {"out": out, "lse": torch.where(lse.isfinite(), lse, 0.0)}
+    if problem.backward:
+        grads = torch.autograd.grad(out, leaves, grad)
+        found |= dict(zip(("dQ", "dK", "dV"), grads, strict=True))
+    return {name: x.detach() for name, x in found.items()}
+
+
+def check(problem: Problem, backend: str) -> list[str]:
+    """What is wrong in any of `REPEATS` launches."""
+    truth = solve(problem, "reference", torch.float64)
+    rounded = solve(problem, "reference")
+    first, wrong = solve(problem, backend), []
+    for repeat in range(REPEATS):
+        found = first if repeat == 0 else solve(problem, backend)
+        for name, x in found.items():
+            true = truth[name]
+            epsilon = torch.finfo(
+                DTYPES[problem.dtype] if x.dtype != torch.float32 else x.dtype
+            ).eps
+            size = true.abs().max().clamp(min=1.0) if true.numel() else true.new_tensor(1.0)
+            allowed = 2 * (rounded[name] - true).abs().amax() + 4 * epsilon * size
+            error = (x - true).abs().amax()
+            if not error <= allowed:  # NaN is wrong
+                wrong.append(f"launch {repeat}, {name}: {error:.3g} exceeds {allowed:.3g}")
+            elif name != "dQ" and not torch.equal(x, first[name]):
+                wrong.append(f"launch {repeat}, {name}: other bits than the first time")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launches", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="triton" if DEVICE == "cuda" else "reference")
+    arguments = parser.parse_args()
+    ops.SMALL = ops.SMALL_BACKWARD = 0
+    rng, failures, start = random.Random(arguments.seed), [], time.perf_counter()
+    problems = -(-arguments.launches // REPEATS)
+    for number in range(problems):
+        problem = Problem.draw(rng)
+        for text in check(problem, arguments.backend):
+            print(f"{problem}: {text}", flush=True)
+            failures.append({**asdict(problem), "wrong": text})
+        if number % 50 == 49:
+            print(f"{number + 1} of {problems} problems, {len(failures)} failures", flush=True)
+    result = {
+        "status": "failed" if failures else "ok",
+        "launches": problems * REPEATS,
+        "failures": failures[:20],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    Store().append(Record("soak", {"seed": arguments.seed, "backend": arguments.backend}, result))
+    print(f"{result['launches']} launches, {len(failures)} failures")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
