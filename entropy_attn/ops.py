@@ -232,7 +232,10 @@ def attention_backward(
         return reference.attention_backward(*grads, query, key, value, out, lse, problem)
     from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
+    from entropy_attn.kernels.launch import is_describable
 
+    if grad_out is not None and not is_describable(grad_out):
+        grad_out = grad_out.contiguous()  # that of a sum is expanded: the copy engine wants strides
     terms = cross = statistics = None
     if grad_tile is not None:
         from entropy_attn.kernels.tile_mass import tile_gradient

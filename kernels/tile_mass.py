@@ -211,12 +211,12 @@ def _tile_mass_kernel(
             list_pointer, full, last, count, kv_end, kv_len, window, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, IS_CAUSAL, HAS_WINDOW, LISTED, True, PRECISION,
         )  # fmt: skip
-        lse = tl.where(mass > 0.0, maximum + tl.log2(mass), float("-inf"))
+        lse = tl.where(mass != 0.0, maximum + tl.log2(mass), float("-inf"))  # NaN stays NaN
         if STORE_LSE:
             # Padding queries count as those that see no key, as in the forward pass.
             stored = tl.where(rows < q_end, lse * LN_2, float("-inf"))
             tl.store(lse_ptr + statistics, stored, mask=rows < q_len)
-    alive = (lse > float("-inf")) & (rows < q_end)
+    alive = (lse != float("-inf")) & (rows < q_end)
     # +inf makes every probability of a row without a key 0.
     lse = tl.where(alive, lse, float("inf"))
     alive_rows = tl.sum(alive.to(tl.float32), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -10,6 +11,7 @@ from test_hopper import hopper, irregular_blocks
 
 import entropy_attn as ea
 from entropy_attn import ops
+from entropy_attn.block_lists import column_lists
 
 # batch, query heads, key heads, queries, keys, rows of a block, causal, every block
 PROBLEMS = [
@@ -18,20 +20,28 @@ PROBLEMS = [
     (1, 2, 1, 700, 300, 128, True, False),
     (1, 2, 2, 1024, 1024, 128, True, True),
     (1, 3, 3, 300, 515, 128, False, True),
+    (1, 2, 1, 512, 640, 128, False, False),
+    (1, 2, 2, 384, 512, 128, False, True),
+]
+# The types alternate, so that both meet all problems and all sizes.
+CALLS = [
+    (problem, head_dim, (torch.float16, torch.bfloat16)[(i + j) % 2])
+    for i, problem in enumerate(PROBLEMS)
+    for j, head_dim in enumerate((32, 64, 80, 128))
 ]
 
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_backward(problem, dtype, head_dim, monkeypatch):
+@pytest.mark.parametrize(("problem", "head_dim", "dtype"), CALLS)
+def test_backward(problem, head_dim, dtype, monkeypatch):
     """As far from the truth as the reference in the same dtype, and 0 where nothing is seen."""
     batch, heads, kv_heads, q_len, kv_len, block_q, is_causal, is_full = problem
     dense = irregular_blocks(batch, heads, q_len, kv_len, (block_q, 128), "cuda")
     dense[..., 1] = False  # keys that nobody sees
-    mask = ea.BlockMask.from_dense(dense | is_full, (block_q, 128), q_len, kv_len)
+    mask = ea.BlockMask.from_dense(dense, (block_q, 128), q_len, kv_len)
+    if is_full:  # without lists
+        mask = ea.BlockMask.full(batch, heads, q_len, kv_len, (block_q, 128), device="cuda")
     query, grad = torch.randn(2, batch, heads, q_len, head_dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, batch, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype)
     grad_lse = torch.randn(batch, heads, q_len, device="cuda")
@@ -58,6 +68,33 @@ def test_backward(problem, dtype, head_dim, monkeypatch):
         allowed = 2 * (reference - true).abs().max() + torch.finfo(dtype).eps * scale
         assert (found - true).abs().max() <= allowed, f"gradient of {name}"
         assert ((found == 0) | (true != 0)).all(), f"gradient of {name}"
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_configurations_agree(head_dim):
+    """dP before the exponentials or after them: the same dK and dV, dQ but for its order."""
+    from entropy_attn.kernels.backward_statistics import row_statistics
+    from entropy_attn.kernels.hopper.backward import hopper_backward, hopper_backward_config
+
+    tensors = torch.randn(4, 1, 4, 1024, head_dim, device="cuda", dtype=torch.bfloat16)
+    query, key, value, grad = tensors
+    mask = ea.BlockMask.random(1, 1, 1024, 1024, 0.5, 128, device="cuda")  # a list for all heads
+    out, lse = ea.block_sparse_attention(query, key, value, mask, return_lse=True)
+    statistics = row_statistics(out, grad, lse, *[None] * 6, 128, 0.125)
+    columns = column_lists(mask.kv_num_blocks, mask.kv_indices, 8)
+    default = hopper_backward_config(head_dim)
+    late, early = (
+        hopper_backward(
+            grad, query, key, value, statistics, columns, (128, 128), False, 0.125,
+            replace(default, early=is_early),
+        )
+        for is_early in (False, True)
+    )  # fmt: skip
+    torch.testing.assert_close(late[0], early[0], atol=1e-2, rtol=1e-2)
+    assert torch.equal(late[1], early[1])
+    assert torch.equal(late[2], early[2])
 
 
 @hopper
@@ -94,7 +131,7 @@ def test_deterministic_algorithms(monkeypatch):
         ({"has_lengths": True}, ops.PORTABLE_BACKWARD, "no lengths"),
         ({"window": 100}, ops.PORTABLE_BACKWARD, "no window"),
         ({"entropy": True}, ops.PORTABLE_BACKWARD, "no gradients of entropies"),
-        ({"dtype": torch.float32}, ops.PORTABLE_BACKWARD, "16 bytes"),
+        ({"dtype": torch.float32}, ops.PORTABLE_BACKWARD, "fp16 and bf16"),
         ({"head_dim": 256}, ops.PORTABLE_BACKWARD, "at most 128"),
         ({"expanded": True}, ops.PORTABLE_BACKWARD, "16 bytes"),
         ({"arch": "sm80"}, ops.PORTABLE_BACKWARD, "every GPU"),

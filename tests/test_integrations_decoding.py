@@ -154,9 +154,15 @@ def test_a_cache_that_was_filled_elsewhere(model, checked):
     assert [trusted for trusted, _ in checked[::2]] == [0, 91, 0]
 
 
-def test_cropping(model, checked):
+@pytest.mark.parametrize("regularized", [False, True])
+def test_cropping(model, checked, regularized):
+    """Nor does it matter whether a regularizer's layers lie on top."""
     ids, other = tokens(1, 120), tokens(1, 120, seed=2)
-    with torch.no_grad(), ea.apply(model, config(FEW)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(ea.apply(model, config(FEW)))
+        if regularized:
+            stack.enter_context(ea.EntropyRegularizer(model, weight=1.0))
         past = model(ids[:, :90]).past_key_values
         model(ids[:, 90:100], past_key_values=past)
         past.crop(-7)

@@ -80,6 +80,10 @@ class CacheFollower:
         if owner is not None and owner in self._seen:
             self._seen[owner].compare(keys)
 
+    def finished(self) -> None:
+        """The call is over. The next one is followed only if `before` announces it."""
+        self._owner = None
+
     def follows(self, key: Tensor) -> bool:
         """Whether ``key`` (B, Hkv, Nk, D) is what the cache layer holds after appending."""
         keys = _held(self._current())

@@ -27,7 +27,8 @@ def reason_for_dense(call: AttentionCall, follower: CacheFollower) -> str | None
         return f"fewer than decode.min_length={least} keys"
     if call.window is not None:
         return "decoding with a sliding window, which bounds the keys already"
-    if torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad):
+    tensors = (call.query, call.key, call.value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "decoding with gradients: run it under torch.no_grad()"
     if call.query.dtype != call.key.dtype:
         return f"decoding with queries in {call.query.dtype} and keys in {call.key.dtype}"

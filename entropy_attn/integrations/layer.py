@@ -62,15 +62,22 @@ class SparseLayer:
     def attend(self, call: AttentionCall) -> Tensor:
         if self.follower is None:
             return self._attend(call)
+        try:
+            return self._attend_following(call, self.follower)
+        finally:
+            if not torch.compiler.is_compiling():
+                self.follower.finished()
+
+    def _attend_following(self, call: AttentionCall, follower: CacheFollower) -> Tensor:
         decodes = is_decoding(call)
         if decodes:
-            reason = reason_for_dense(call, self.follower)
+            reason = reason_for_dense(call, follower)
             self._record(reason or DECODED, call)
             if reason is None:
                 totals = self.recorder.decoding_totals(call.key.device)
-                return attend_cached(call, self.follower, totals, self.config.backend)
+                return attend_cached(call, follower, totals, self.config.backend)
         if not torch.compiler.is_compiling():
-            self.follower.passed(call.key, call.q_len)
+            follower.passed(call.key, call.q_len)
         return attend_dense(call, self.config.backend) if decodes else self._attend(call)
 
     def _attend(self, call: AttentionCall) -> Tensor:

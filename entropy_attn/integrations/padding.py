@@ -61,14 +61,20 @@ def query_ends(call: AttentionCall) -> Tensor:
     All layers of a forward pass have one mask, so it is found once.
     """
     source = call.mask
-    if source is None:
+    # A captured graph must find it anew in each replay, and what is known of a tensor of inference
+    # mode may be out of date.
+    if source is None or source.is_inference() or _is_capturing(source.device):
         return _query_ends(call.codes)
-    version = None if source.is_inference() else source._version
+    version = source._version
     known, ends = _ends.get(source, (None, None))
     if ends is None or known != version:
         ends = _query_ends(call.codes)
         _ends[source] = (version, ends)
     return ends
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _query_ends(codes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ MOST_WAITING = 256
 
 @dataclass(frozen=True)
 class Seen:
-    """What is measured of one call: queries and keys, with the valid tokens first, and no value.
+    """What is measured of one call: queries and keys, and no value.
 
     Attributes:
         call: of the layer, only the batch rows of the sample, its value the key.
@@ -65,14 +65,26 @@ class RegularizedLayer:
         self.draw: float | None = 0.0
         self._waiting: list[Seen | AttentionCall] = []
 
+    @property
+    def follower(self) -> object | None:
+        """That of the layer below, which is told of caches through this one."""
+        return getattr(self.before, "follower", None)
+
     def take(self) -> list[Seen]:
-        """What was seen since the last time."""
+        """What was seen since the last time.
+
+        Padding is sorted out here: in the forward pass it would keep tensors that the second one
+        of activation checkpointing does not keep.
+        """
         taken, self._waiting = self._waiting, []
         if self.draw is None:
-            return [seen for seen in taken if isinstance(seen, Seen)]
-        return [
-            seen if isinstance(seen, Seen) else self._sampled(seen, self.draw)[1] for seen in taken
-        ]
+            found = [seen for seen in taken if isinstance(seen, Seen)]
+        else:
+            found = [
+                seen if isinstance(seen, Seen) else self._sampled(seen, self.draw)[1]
+                for seen in taken
+            ]
+        return [replace(seen, call=valid_first(seen.call)[0]) for seen in found]
 
     def attend(self, call: AttentionCall) -> Tensor:
         if not (self.module.training and torch.is_grad_enabled()):
@@ -99,7 +111,7 @@ class RegularizedLayer:
         if call.packing is not None:
             return call.packing.attend(call, self.attend)
         query, key = follow_autocast(call.query, call.key)
-        self._keep(valid_first(replace(call, query=query, key=key, value=key))[0])
+        self._keep(replace(call, query=query, key=key, value=key))
         return self._attend_as_before(call)
 
     def _attend_as_before(self, call: AttentionCall) -> Tensor:
@@ -126,7 +138,6 @@ class RegularizedLayer:
                 if (tensor := getattr(call, name)) is not None
             }
         rows = replace(call, query=query_rows, key=key_rows, value=key_rows, **of_rows)
-        rows, _ = valid_first(rows)
         return replace(call, query=query, key=key), Seen(rows, sample, draw, self.index)
 
     def _keep(self, seen: Seen | AttentionCall) -> None:

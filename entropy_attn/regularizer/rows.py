@@ -21,8 +21,15 @@ class _Run(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.first, ctx.batch = first, query.shape[0]
-        whole = query.view_as(query), key.view_as(key)
-        return *whole, query.narrow(0, first, count), key.narrow(0, first, count)
+        found = (
+            query.view_as(query), key.view_as(key),
+            query.narrow(0, first, count), key.narrow(0, first, count),
+        )  # fmt: skip
+        needed = 2 * ctx.needs_input_grad[:2]
+        ctx.mark_non_differentiable(
+            *[x for x, is_needed in zip(found, needed, strict=True) if not is_needed]
+        )
+        return found
 
     @staticmethod
     def backward(ctx, grad_query, grad_key, query_rows, key_rows):

@@ -300,6 +300,8 @@ def _backward_kernel(
     EARLY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    # Each warpgroup takes one half of dQ: of its rows, or of its columns.
+    gl.static_assert(BLOCK_M * BLOCK_D == 8192)
     columns = Columns(
         offsets_ptr, rows_ptr, count_stride_b, count_stride_h, index_stride_b, index_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
@@ -356,7 +358,7 @@ class HopperBackwardConfig:
     """How the kernel is built.
 
     Attributes:
-        block_m: queries a step, 64 for head_dim over 64 and 128 below.
+        block_m: queries a step: 64 for head_dim over 64, else 128.
         stages: slots of the ring of queries and their gradients.
         early: dP is started before the exponentials, not after them.
     """
@@ -402,9 +404,10 @@ def unsupported(
         return "it has no lengths a batch row, no window and no gradients of entropies"
     if grad_out is None or value is None:
         return "there must be a gradient of the output"
-    if not has_copy_engine("sm90", grad_out):
-        return "the copy engine needs a gradient with strides that are multiples of 16 bytes"
-    return forward.unsupported(query, key, value, block_size, scale)
+    problem = forward.unsupported(query, key, value, block_size, scale)
+    if problem is None and not has_copy_engine("sm90", grad_out):
+        return "the copy engine needs the gradient at multiples of 16 bytes, in address and strides"
+    return problem
 
 
 def hopper_backward(
