@@ -67,4 +67,4 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     ]
     assert not too_large, f"{arch} has {limit / KIB:.0f} KiB: {too_large}"
     # A kernel that the compiler gave up on is a trap; it takes four registers.
-    assert all(each["registers"] >= 16 for each in compiled)
+    assert all(each["registers"] > 8 for each in compiled)

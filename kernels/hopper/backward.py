@@ -365,7 +365,7 @@ class HopperBackwardConfig:
 
     block_m: int
     stages: int
-    early: bool = False
+    early: bool = True
 
 
 def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
