@@ -23,6 +23,9 @@ def speedups(records: list[Record], head_dim: int, direction: str = "forward") -
         and not r.config["irregular"]
         and r.config["contestant"] != OURS_WITH_ENTROPY
     ]
+    # The main cases: those of the first one's length, with blocks at random.
+    main = [r.config["length"] for r in chosen][:1]
+    chosen = [r for r in chosen if [r.config["length"]] == main and "pattern" not in r.config]
     dense = [r.result["median_ms"] for r in chosen if r.config["density"] == 1.0]
     if not dense:
         return {}
@@ -47,6 +50,14 @@ def times_by_length(records: list[Record]) -> dict[str, list[tuple[int, float]]]
         found.setdefault(f"dense, {case}", []).append((config["length"], result["dense_ms"]))
         found.setdefault(f"sparse, {case}", []).append((config["length"], sparsest))
     return found
+
+
+def roofline(attention: list[Record], entropy: list[Record]) -> tuple[Points, float, float] | None:
+    """What `plots.roofline` takes of a machine's records: points, and the roof in TFLOP/s, GB/s."""
+    copies = [r.result["copy_gb_s"] for r in entropy]
+    peak = PEAK_TFLOPS.get(entropy[-1].environment.get("arch", "")) if entropy else None
+    points = roofline_points(attention, entropy)
+    return (points, peak, max(copies)) if copies and peak and points else None
 
 
 def roofline_points(attention: list[Record], entropy: list[Record]) -> Points:

@@ -358,11 +358,9 @@ def _entropy(store: Store) -> Section:
         "The roof is the data sheet's tensor cores and the bandwidth of a copy in the same run.",
         "entropy-attn bench entropy",
     )
-    copies = [r.result["copy_gb_s"] for r in entropy]
-    peak = figures.PEAK_TFLOPS.get(entropy[-1].environment.get("arch", "")) if entropy else None
-    points = figures.roofline_points(attention, entropy)
-    if copies and peak and points:
-        draw = partial(plots.roofline, points, peak, max(copies), "this package's kernels")
+    found = figures.roofline(attention, entropy)
+    if found is not None:
+        draw = partial(plots.roofline, *found, "this package's kernels")
         section.figures.append(Figure(svg_of(draw), "Each point is a case of the tables."))
     section.tables += _table(store, "soft-entropy", "Range-partition entropy")
     return section

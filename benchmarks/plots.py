@@ -171,11 +171,11 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, pat
             present = [name for name in names if name in group]
             for offset, name in enumerate(present):
                 at, value = position + offset, group[name]
-                axes.barh(at, value, 0.9, color=_colour(names, name))
+                axes.barh(at, value, 0.9, **_filled(names, name))
                 axes.text(value, at, f" {value:.0f}", va="center", fontsize=7)
             ticks.append(position + (len(present) - 1) / 2)
             position += len(present) + 1
-        handles = [Patch(color=_colour(names, name), label=name) for name in names]
+        handles = [Patch(**_filled(names, name), label=name) for name in names]
         axes.set_yticks(ticks, list(groups), fontsize=8.5)
         axes.set_ylim(position - 0.6, -0.8)
         axes.grid(axis="y", visible=False)
@@ -421,6 +421,12 @@ def cycled(index: int) -> dict[str, str]:
 
 def _colour(names: Sequence[str], name: str) -> str:
     return COLOURS[names.index(name) % len(COLOURS)]
+
+
+def _filled(names: Sequence[str], name: str) -> dict[str, str]:
+    """How a bar is filled: where the colours come again, they are hatched."""
+    hatch = ("", "///", "...")[names.index(name) // len(COLOURS) % 3]
+    return {"facecolor": _colour(names, name), "edgecolor": "white", "linewidth": 0, "hatch": hatch}
 
 
 def save(figure: Figure, path: Path) -> None:

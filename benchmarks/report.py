@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_attn.benchmarks import (
+    figures,
     report_entropy_net,
     report_finetune,
     report_geometry,
@@ -394,6 +395,13 @@ def draw(store: Store, folder: Path) -> list[Path]:
             groups = visited_speed(records)
             path = folder / f"attention_{direction}_{slug(machine)}.png"
             plots.bars(groups, "TFLOP/s on visited tiles", f"{direction}, {machine}", path)
+            drawn.append(path)
+    attention = dict(by_machine(full_records(store, "attention")))
+    for machine, records in by_machine(full_records(store, "entropy")):
+        roofline = figures.roofline(attention.get(machine, []), records)
+        if roofline is not None:
+            path = folder / f"roofline_{slug(machine)}.png"
+            plots.roofline(*roofline, f"this package's kernels, {machine}", path)
             drawn.append(path)
     for machine, records in by_machine(full_records(store, "crossover")):
         curves: dict[str, list[tuple[int, float]]] = {}
