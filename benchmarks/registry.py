@@ -146,6 +146,7 @@ SUITES: dict[str, Suite] = {
         Suite("decode", "one token a sequence against a long cache, lists and pages"),
         Suite("reorder", "what sorting tokens costs, and how many blocks it saves"),
         Suite("entropy", "range-partition entropy against eager PyTorch, torch.compile and a copy"),
+        Suite("hull", "convex hulls of points on a GPU: the filter beside a copy, and Qhull"),
         Suite("vit", "ViT-B/16 end to end, 224 to 1024 pixels, by attention"),
         Suite("llm", "prefill and decoding of language models of 7B parameters, by attention"),
         Suite("train", "what the regularizer adds to a training step"),

@@ -127,7 +127,24 @@ def _versions(store: Store) -> str:
     return per_machine(store, SUITE, table, kind="hull")
 
 
+def _on_a_gpu(store: Store) -> str:
+    def table(records: list[Record]) -> str:
+        rows = []
+        for r in records:
+            config, result = r.config, r.result
+            share, times = result.get("bandwidth"), result.get("over_qhull")
+            points = f"{config['points']:,}, {config['dim']}D, {config['dtype']}"
+            rows.append([
+                points, config["contestant"], f"{result['median_ms']:.3f}",
+                f"{share:.0%}" if share else "–", f"{times:.0f} x" if times else "–",
+            ])  # fmt: skip
+        return markdown(["points", "by", "ms", "of a copy's bandwidth", "over Qhull"], rows)
+
+    return per_machine(store, "hull", table)
+
+
 TABLES: dict[str, Callable[[Store], str]] = {
+    "hulls-gpu": _on_a_gpu,
     "hulls-plane": _table(2),
     "hulls-space": _table(3),
     "hulls-claim": _claim,

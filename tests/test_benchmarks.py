@@ -257,7 +257,7 @@ def test_a_wrong_or_broken_contestant_is_not_timed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "suite", ["attention", "select", "crossover", "reorder", "entropy", "train"]
+    "suite", ["attention", "select", "crossover", "reorder", "entropy", "train", "hull"]
 )
 def test_small_suites_run_on_a_cpu(suite, tmp_path):
     said = []
