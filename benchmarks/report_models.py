@@ -234,6 +234,8 @@ def draw(store: Store, folder: Path) -> list[Path]:
 def judge_vit(store: Store) -> tuple[str, str] | None:
     """(what was measured, the verdict) on the paper's 2.07 x with FlashAttention over eager."""
     records = [r for r in VIT.records(store) if _library(r.config) == vit.TRANSFORMERS]
+    newest = max(records, key=lambda r: r.time).machine if records else None
+    records = [r for r in records if r.machine == newest]
     best: dict[tuple[int, str], float] = {}
     for r in records:
         key = (r.config["size"], r.config["contestant"])
@@ -252,7 +254,7 @@ def judge_vit(store: Store) -> tuple[str, str] | None:
 
 def judge_llm(store: Store) -> tuple[str, str] | None:
     """(what was measured, the verdict) on the paper's 1.48 to 1.60 x for 7B models."""
-    records = LLM.records(store)
+    records = [r for r in LLM.records(store) if r.config["model"].endswith("7B")]
     ours = [r for r in records if r.config["contestant"] == OURS]
     found = [(LLM.column(r.config), ratio(records, r)) for r in ours]
     known = [(name, times) for name, times in found if times is not None]

@@ -95,7 +95,7 @@ def decoding_attentions(form: str) -> tuple[Attention, ...]:
 def run(context: Context) -> Iterator[Row]:
     made: tuple[str, Any] = ("", None)
     others = registered()
-    names = (OURS, *(attention.name for attention in others))
+    names = (OURS, LIMIT.name, *(attention.name for attention in others))
     for case in context.left(cases(context.form), _shared, names):
         if made[0] != case.model:
             made = ("", None)  # the old one must be gone before there is a new one

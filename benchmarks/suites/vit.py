@@ -94,7 +94,7 @@ def run(context: Context) -> Iterator[Row]:
     for library, make in MODELS.items():
         mine = [case for case in cases(context.form) if case.library == library]
         others = registered() if library == TRANSFORMERS else ()
-        names = (OURS, *(attention.name for attention in others))
+        names = (OURS, LIMIT.name, *(attention.name for attention in others))
         for case in context.left(mine, lambda c: {"library": None} | c.config(), names):
             config = {"form": context.form, **case.config()}
             try:
