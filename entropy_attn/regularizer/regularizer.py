@@ -93,7 +93,8 @@ class EntropyRegularizer:
             the mean entropies of a query over keys and over blocks of keys.
         block_size: of the blocks and tiles, in tokens; the one you will run sparse with.
         tile_fraction: of all blocks of queries, measured in each call: at random, without bias,
-            whole batch rows where the share is large enough. 1 measures all of them.
+            whole batch rows where the share is large enough, of which a number is taken that
+            divides the batch: of 7 rows less than asked for. 1 measures all of them.
         layer_fraction: of the layers that are measured in each step, at random.
         warmup_steps: steps in which the target falls to ``target_density``, or in which the
             weight grows to ``weight``.
