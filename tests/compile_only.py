@@ -469,13 +469,10 @@ CASES = (
     Attention(64, 64, dtype=torch.float32, is_causal=True, entropy=True),
     Attention(128, 128, dtype=torch.float32, dense=True, backward=False),
     Attention(256, 64, is_causal=True),
-    Attention(128, 64, is_causal=True, entropy=True, gradients=("row",)),
-    Attention(128, 64, is_causal=True, entropy=True, gradients=("block",)),
     Attention(128, 64, is_causal=True, entropy=True, gradients=("tile",)),
     Attention(64, 64, is_causal=True, entropy=True, gradients=("tile",), values=False),
     Attention(64, 32, dense=True, entropy=True, gradients=("tile",), values=False),
     Attention(128, 128, entropy=True, gradients=("row", "block", "tile")),
-    Attention(64, 128, entropy=True, is_causal=True, gradients=("row", "block", "tile")),
     Attention(
         64,
         64,

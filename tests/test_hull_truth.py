@@ -112,6 +112,14 @@ def test_tables_and_pictures(tmp_path) -> None:
         config = {"form": "full", "kind": "hull-order", "points": "circle", "n": 10, "order": order}
         result = {"status": "ok", "median_ms": 5.0, "entropy": entropy}
         store.append(Record("geometry", config, result, MACHINE))
+    whole = {"form": "full", "points": 10**7, "dim": 2, "dtype": "float64", "whole": True}
+    for name, result in (("filter", {"bandwidth": 0.5}), ("hull", {"over_qhull": 300.0})):
+        found = {"status": "ok", "median_ms": 1.25} | result
+        store.append(Record("hull", {**whole, "contestant": name}, found, MACHINE))
+    assert report.TABLES["hulls-gpu"](store).splitlines()[-2:] == [
+        "| 10,000,000, 2D, float64 | filter | 1.250 | 50% | – |",
+        "| 10,000,000, 2D, float64 | hull | 1.250 | – | 300 x |",
+    ]
     plane, space = (
         report.TABLES[name](store).splitlines()[-1] for name in ("hulls-plane", "hulls-space")
     )
