@@ -10,6 +10,11 @@ PEAK_TFLOPS = {"sm_80": 312.0, "sm_90": 989.0, "sm_100": 2250.0}
 Points = dict[str, list[tuple[float, float]]]
 
 
+def of_one_length(records: list[Record]) -> list[Record]:
+    """Records of ``attention`` of the length of the first record, which its main cases have."""
+    return [r for r in records if r.config["length"] == records[0].config["length"]]
+
+
 def speedups(records: list[Record], head_dim: int, direction: str = "forward") -> Points:
     """(density, speed-up over the best dense attention) of what attends sparsely, by name.
 
@@ -23,9 +28,8 @@ def speedups(records: list[Record], head_dim: int, direction: str = "forward") -
         and not r.config["irregular"]
         and r.config["contestant"] != OURS_WITH_ENTROPY
     ]
-    # The main cases: those of the first one's length, with blocks at random.
-    main = [r.config["length"] for r in chosen][:1]
-    chosen = [r for r in chosen if [r.config["length"]] == main and "pattern" not in r.config]
+    # The main cases have blocks at random.
+    chosen = [r for r in of_one_length(chosen) if "pattern" not in r.config]
     dense = [r.result["median_ms"] for r in chosen if r.config["density"] == 1.0]
     if not dense:
         return {}

@@ -76,11 +76,6 @@ def case_name(config: dict) -> str:
     return ", ".join(words)
 
 
-def of_one_length(records: list[Record]) -> list[Record]:
-    """Records of ``attention`` of the length of the first record, which its main cases have."""
-    return [r for r in records if r.config["length"] == records[0].config["length"]]
-
-
 def cases_of(records: list[Record]) -> dict[str, dict[str, Record]]:
     """Records of the suite ``attention`` by case, then by contestant."""
     cases: dict[str, dict[str, Record]] = {}
@@ -92,7 +87,7 @@ def cases_of(records: list[Record]) -> dict[str, dict[str, Record]]:
 
 def _attention(direction: str) -> Callable[[Store], str]:
     def table(records: list[Record]) -> str:
-        records = of_one_length(records)
+        records = figures.of_one_length(records)
         cases = cases_of(records)
         names = list(dict.fromkeys(name for case in cases.values() for name in case))
         names = [name for name in names if name != OURS_WITH_ENTROPY]
@@ -144,7 +139,7 @@ def _attention_lengths(direction: str) -> Callable[[Store], str]:
 def _entropy_overhead(store: Store) -> str:
     def table(records: list[Record]) -> str:
         rows = []
-        for title, case in cases_of(of_one_length(records)).items():
+        for title, case in cases_of(figures.of_one_length(records)).items():
             if OURS in case and OURS_WITH_ENTROPY in case:
                 plain, both = (case[n].result["median_ms"] for n in (OURS, OURS_WITH_ENTROPY))
                 rows.append([title, f"{plain:.2f}", f"{both:.2f}", f"{both / plain - 1:+.1%}"])
@@ -370,7 +365,7 @@ def visited_speed(records: list[Record]) -> dict[str, dict[str, float]]:
             for name, r in case.items()
             if name != OURS_WITH_ENTROPY and (is_sparse(name, r.result) or r.config["density"] == 1)
         }
-        for title, case in cases_of(of_one_length(records)).items()
+        for title, case in cases_of(figures.of_one_length(records)).items()
     }
 
 

@@ -107,7 +107,8 @@ def _wrong(points: Tensor, backend: str, whole: bool) -> str | None:
     kept = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     kept[ops.candidates(points[None], backend)[1]] = True
     directions = torch.randn(DIRECTIONS, points.shape[1], dtype=torch.float64, device=points.device)
-    furthest = [int((points.double() @ direction).argmax()) for direction in directions]
+    doubles = points.double()
+    furthest = [int((doubles @ direction).argmax()) for direction in directions]
     lost = int((~kept[furthest]).sum())
     return f"{lost} of {DIRECTIONS} vertices are lost" if lost else None
 

@@ -50,7 +50,7 @@ from entropy_attn.kernels.hopper.columns import (
     add_to_global,
 )
 from entropy_attn.kernels.hopper.forward import REGISTERS, descriptor
-from entropy_attn.kernels.hopper.primitives import barriers, exp2, ring
+from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
@@ -107,12 +107,6 @@ def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, row
 
 
 # Consumers
-
-
-@gluon.jit
-def _operand(x, acc, DTYPE: gl.constexpr):
-    """x (64, M) as left operand of a product that is added to acc, in the registers where it is."""
-    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
 
 
 @gluon.jit
@@ -186,13 +180,13 @@ def _step(
         scores = gl.where(lane[None, :] >= first[:, None], scores, float("-inf"))
     p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
 
-    grad_value = warpgroup_mma(_operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
+    grad_value = warpgroup_mma(operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
     if columns.EARLY:
         grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
     else:
         grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
         grad_p, grad_value = warpgroup_mma_wait(0, deps=(grad_p, grad_value))  # (64, M)
-    grad_scores = _operand(p * grad_p, grad_key, DTYPE)  # (64, M)
+    grad_scores = operand(p * grad_p, grad_key, DTYPE)  # (64, M)
 
     slot = (use + 1) % 2
     buffers.scores.index(slot * 2 + WARPGROUP).store(gl.convert_layout(grad_scores, layout))

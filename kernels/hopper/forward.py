@@ -52,6 +52,7 @@ from entropy_attn.kernels.hopper.primitives import (
     Problem,
     Results,
     barriers,
+    operand,
     pass_turn,
     rescale,
     ring,
@@ -187,12 +188,6 @@ def _starts(problem, address, last, group, WANTED: gl.constexpr):
 
 
 @gluon.jit
-def _operand(p, acc, DTYPE: gl.constexpr):
-    """p as left operand of P V, in the registers where it is."""
-    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
-
-
-@gluon.jit
 def _products(problem, memory, query, p, acc, use, WARPGROUP: gl.constexpr):
     """Start Q K^T of step ``use`` and P V of the step before; wait for the former."""
     if problem.PING_PONG:
@@ -224,7 +219,7 @@ def _step(
     acc = warpgroup_mma_wait(0, deps=(acc,))
     memory.values.release(use - 1)
     acc = rescale(acc, gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)))
-    return _operand(p, acc, memory.values.tiles.dtype), acc, sums
+    return operand(p, acc, memory.values.tiles.dtype), acc, sums
 
 
 @gluon.jit
@@ -307,7 +302,7 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
             scores = visible(scores, problem, low, high, limits)
         p, sums = first_softmax(scores, problem, FIRST_MASKED)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
-        p = _operand(p, acc, DTYPE)
+        p = operand(p, acc, DTYPE)
         group -= 1
         if problem.MASKED:
             while group >= full_groups:

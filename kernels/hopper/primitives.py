@@ -96,6 +96,12 @@ def rescale(acc, alpha):
     )  # fmt: skip
 
 
+@gluon.jit
+def operand(x, acc, DTYPE: gl.constexpr):
+    """x (64, N) as left operand of a product that is added to acc, in the registers where it is."""
+    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
 # Rings in shared memory
 
 
