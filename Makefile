@@ -23,6 +23,7 @@ SUITE ?= all
 # Parallel test processes; on a GPU they share it and compile kernels side by side.
 WORKERS ?= 2
 GPU_WORKERS ?= 8
+SANITIZER ?= compute-sanitizer
 
 ifeq ($(origin PYTHON),command line)
   READY :=
@@ -35,7 +36,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 CLI := $(PYTHON) -m entropy_attn.cli
 
-.PHONY: help setup demo test test-gpu soak lint format bench report clean
+.PHONY: help setup demo test test-gpu soak sanitize lint format bench report clean
 
 help: ## Show this list.
 	@echo "make <target>    (VENV=$(VENV); PYTHON=python3 uses an interpreter as it is)"
@@ -57,7 +58,11 @@ test-gpu: $(READY) ## Run the GPU tests on this machine's GPU and record the out
 	$(PYTHON) tests/gpu_record.py -q -n $(GPU_WORKERS)
 
 soak: $(READY) ## Launch the kernels 10,000 times on random shapes, on a GPU, and check every output.
-	$(PYTHON) tests/soak.py
+	$(PYTHON) tests/soak.py --workers $(GPU_WORKERS)
+
+sanitize: $(READY) ## Run some of these launches under compute-sanitizer's memcheck, on a GPU.
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes all --error-exitcode 1 \
+	  $(PYTHON) tests/soak.py --launches 48
 
 lint: $(READY) ## Check style, format and types.
 	$(PYTHON) -m ruff check .

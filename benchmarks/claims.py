@@ -14,6 +14,7 @@ from entropy_attn.benchmarks import report_vision as vision
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.statistics import with_interval
 from entropy_attn.benchmarks.store import Store
+from entropy_attn.benchmarks.suites import train
 from entropy_attn.benchmarks.tables import Newest, full_records
 
 NOT_YET = ("–", "not measured yet")
@@ -102,8 +103,7 @@ def _triangulations(store: Store) -> tuple[str, str]:
 
 
 def _training_step(store: Store) -> tuple[str, str]:
-    default = "1/8 of the blocks, half of the layers"
-    found = full_records(store, "train", regularizer=default)
+    found = full_records(store, "train", regularizer=train.DEFAULT)
     if not found:
         return NOT_YET
     ratios = [(r.config["model"], r.config["size"], r.result["ratio"]) for r in found]

@@ -19,6 +19,8 @@ from entropy_attn.integrations.sites import Installation, check_reach, find_site
 from entropy_attn.regularizer.layer import RegularizedLayer
 
 ROWS = 64  # queries of a call that are sampled
+# What a step measures, in every experiment: more layers, each on fewer blocks, than by default.
+SHARES = {"tile_fraction": 0.125, "layer_fraction": 0.5}
 
 
 class AttentionPenalty(ABC, nn.Module):
@@ -173,7 +175,7 @@ def make_penalty(
         return ScoreMagnitude(model, strength, seed, **options)
     if name == "range entropy of keys":
         return KeyRangeEntropy(model, strength, seed, **options)
-    shared = {"block_size": block_size, "seed": seed, **options}
+    shared = {"block_size": block_size, "seed": seed, **SHARES, **options}
     if name == "density":
         return ea.EntropyRegularizer(model, target_density=strength, **shared)
     measure = name.removesuffix(" entropy")

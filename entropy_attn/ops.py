@@ -77,7 +77,6 @@ def backward_kernel(
     window: int,
     scale: float,
     *,
-    has_lengths: bool = False,
     entropy: bool = False,
 ) -> tuple[str, str]:
     """Which of the Triton backend's backward kernels runs a call, and why. Waits for nothing."""
@@ -92,9 +91,8 @@ def backward_kernel(
         from entropy_attn.kernels.hopper.backward import unsupported
 
         problem = unsupported(
-            grad_out, query, key, value, block_size, scale, has_lengths=has_lengths,
-            window=window, entropy=entropy,
-        )  # fmt: skip
+            grad_out, query, key, value, block_size, scale, window=window, entropy=entropy
+        )
     if problem is not None:
         return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
     if query.shape[:3].numel() * key.shape[2] < SMALL_BACKWARD:
@@ -260,15 +258,15 @@ def attention_backward(
         )
     of_entropies = not (grad_row is None and grad_block is None and grad_tile is None)
     kernel, _ = backward_kernel(
-        grad_out, query, key, value, (block_q, block_k), window, scale,
-        has_lengths=not (kv_lens is None and q_lens is None), entropy=of_entropies,
-    )  # fmt: skip
+        grad_out, query, key, value, (block_q, block_k), window, scale, entropy=of_entropies
+    )
     if kernel == HOPPER_BACKWARD:
         from entropy_attn.kernels.hopper.backward import hopper_backward
 
         return hopper_backward(
-            grad_out, query, key, value, statistics, columns, (block_q, block_k), is_causal, scale
-        )
+            grad_out, query, key, value, statistics, columns, (block_q, block_k), is_causal, scale,
+            kv_lens=kv_lens, q_lens=q_lens,
+        )  # fmt: skip
     return block_sparse_backward(
         grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
         row_entropy=grad_row is not None, block_entropy=grad_block is not None,

@@ -330,10 +330,11 @@ class BackwardForHopper:
     is_causal: bool = False
     kv_len: int = 1024
     dense: bool = False
+    lens: bool = False
 
     def __str__(self) -> str:
         words = [f"backward, D={self.head_dim}", str(self.dtype).split(".")[1]]
-        words += [name for name in ("is_causal", "dense") if getattr(self, name)]
+        words += [name for name in ("is_causal", "dense", "lens") if getattr(self, name)]
         return ", ".join([*words, f"N={self.kv_len}"])
 
     def run(self) -> None:
@@ -347,9 +348,10 @@ class BackwardForHopper:
         if not self.dense:
             mask = BlockMask.full(1, 4, 1024, self.kv_len, 128)
             columns = column_lists(mask.kv_num_blocks, mask.kv_indices, -(-self.kv_len // 128))
+        lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         hopper_backward(
             query, query, key, key, torch.zeros(1, 4, 2, 1024), columns, (128, 128),
-            self.is_causal, self.head_dim**-0.5,
+            self.is_causal, self.head_dim**-0.5, kv_lens=lens, q_lens=lens,
         )  # fmt: skip
 
 
@@ -522,7 +524,7 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (128, 128), torch.float16, is_causal=True, kv_len=1000),
         Hopper(64, (64, 64)),
         Hopper(64, (256, 128), dense=True),
-        BackwardForHopper(128),
+        BackwardForHopper(128, is_causal=True, lens=True),
         BackwardForHopper(64, torch.float16, is_causal=True, kv_len=1000, dense=True),
         Hopper(128, (128, 128), row_entropy=True),
         Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),

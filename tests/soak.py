@@ -14,7 +14,10 @@ import argparse
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -128,19 +131,19 @@ def adds_in_any_order(problem: Problem) -> bool:
     """Whether dQ is summed up in an order that is not fixed."""
     (query, key, value), _, _, grad = problem.tensors()
     kernel, _ = ops.backward_kernel(
-        grad, query, key, value, problem.block, 0, problem.head_dim**-0.5,
-        has_lengths=problem.has_lengths,
-    )  # fmt: skip
+        grad, query, key, value, problem.block, 0, problem.head_dim**-0.5
+    )
     return kernel == ops.HOPPER_BACKWARD
 
 
 def check(problem: Problem, backend: str) -> list[str]:
     """What is wrong in any of `REPEATS` launches."""
+    ops.SMALL = ops.SMALL_BACKWARD = 0
     truth = solve(problem, "reference", torch.float64)
     rounded = solve(problem, "reference")
     first, wrong, unordered = solve(problem, backend), [], adds_in_any_order(problem)
-    for repeat in range(REPEATS):
-        found = first if repeat == 0 else solve(problem, backend)
+    for launch in range(REPEATS):
+        found = first if launch == 0 else solve(problem, backend)
         for name, x in found.items():
             true = truth[name]
             epsilon = torch.finfo(
@@ -152,9 +155,9 @@ def check(problem: Problem, backend: str) -> list[str]:
             allowed = 2 * (rounded[name] - true).abs().amax() + 4 * epsilon * size
             error = (x - true).abs().amax()
             if not error <= allowed:  # NaN is wrong
-                wrong.append(f"launch {repeat}, {name}: {error:.3g} exceeds {allowed:.3g}")
+                wrong.append(f"launch {launch}, {name}: {error:.3g} exceeds {allowed:.3g}")
             elif not (name == "dQ" and unordered) and not torch.equal(x, first[name]):
-                wrong.append(f"launch {repeat}, {name}: other bits than the first time")
+                wrong.append(f"launch {launch}, {name}: other bits than the first time")
     return wrong
 
 
@@ -162,21 +165,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes; each compiles kernels")
     parser.add_argument("--backend", default="triton" if DEVICE == "cuda" else "reference")
     arguments = parser.parse_args()
-    ops.SMALL = ops.SMALL_BACKWARD = 0
     rng, failures, start = random.Random(arguments.seed), [], time.perf_counter()
-    problems = -(-arguments.launches // REPEATS)
-    for number in range(problems):
-        problem = Problem.draw(rng)
-        for text in check(problem, arguments.backend):
-            print(f"{problem}: {text}", flush=True)
-            failures.append({**asdict(problem), "wrong": text})
-        if number % 50 == 49:
-            print(f"{number + 1} of {problems} problems, {len(failures)} failures", flush=True)
+    problems = [Problem.draw(rng) for _ in range(-(-arguments.launches // REPEATS))]
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as workers:
+        results = workers.map(check, problems, repeat(arguments.backend))
+        for number, (problem, wrong) in enumerate(zip(problems, results, strict=True), 1):
+            for text in wrong:
+                print(f"{problem}: {text}", flush=True)
+                failures.append({**asdict(problem), "wrong": text})
+            if number % 50 == 0:
+                print(f"{number} of {len(problems)} problems, {len(failures)} failures", flush=True)
     result = {
         "status": "failed" if failures else "ok",
-        "launches": problems * REPEATS,
+        "launches": len(problems) * REPEATS,
         "failures": failures[:20],
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -13,15 +13,17 @@ import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.block_lists import column_lists
 
-# batch, query heads, key heads, queries, keys, rows of a block, causal, every block
+# batch, query heads, key heads, queries, keys, rows of a block, causal, every block, lengths
 PROBLEMS = [
-    (2, 4, 2, 1000, 911, 128, False, False),
-    (1, 4, 1, 900, 1100, 256, True, False),
-    (1, 2, 1, 700, 300, 128, True, False),
-    (1, 2, 2, 1024, 1024, 128, True, True),
-    (1, 3, 3, 300, 515, 128, False, True),
-    (1, 2, 1, 512, 640, 128, False, False),
-    (1, 2, 2, 384, 512, 128, False, True),
+    (2, 4, 2, 1000, 911, 128, False, False, False),
+    (1, 4, 1, 900, 1100, 256, True, False, False),
+    (1, 2, 1, 700, 300, 128, True, False, False),
+    (1, 2, 2, 1024, 1024, 128, True, True, False),
+    (1, 3, 3, 300, 515, 128, False, True, False),
+    (1, 2, 1, 512, 640, 128, False, False, False),
+    (1, 2, 2, 384, 512, 128, False, True, False),
+    (2, 4, 2, 1000, 911, 128, True, False, True),
+    (4, 2, 2, 600, 700, 256, False, True, True),
 ]
 # The types alternate, so that both meet all problems and all sizes.
 CALLS = [
@@ -36,7 +38,7 @@ CALLS = [
 @pytest.mark.parametrize(("problem", "head_dim", "dtype"), CALLS)
 def test_backward(problem, head_dim, dtype, monkeypatch):
     """As far from the truth as the reference in the same dtype, and 0 where nothing is seen."""
-    batch, heads, kv_heads, q_len, kv_len, block_q, is_causal, is_full = problem
+    batch, heads, kv_heads, q_len, kv_len, block_q, is_causal, is_full, padded = problem
     dense = irregular_blocks(batch, heads, q_len, kv_len, (block_q, 128), "cuda")
     dense[..., 1] = False  # keys that nobody sees
     mask = ea.BlockMask.from_dense(dense, (block_q, 128), q_len, kv_len)
@@ -45,11 +47,16 @@ def test_backward(problem, head_dim, dtype, monkeypatch):
     query, grad = torch.randn(2, batch, heads, q_len, head_dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, batch, kv_heads, kv_len, head_dim, device="cuda", dtype=dtype)
     grad_lse = torch.randn(batch, heads, q_len, device="cuda")
+    lens = {}
+    if padded:
+        for name, most in (("q_lens", q_len), ("kv_lens", kv_len)):
+            shares = torch.tensor([0.55, 1.0, 0.0, 0.21], device="cuda")[:batch]
+            lens[name] = (most * shares).to(torch.int32)
 
     def gradients(backend, convert=lambda x: x):
         leaves = [convert(x).requires_grad_() for x in (query, key, value)]
         out, lse = ea.block_sparse_attention(
-            *leaves, mask, is_causal=is_causal, return_lse=True, backend=backend
+            *leaves, mask, is_causal=is_causal, return_lse=True, backend=backend, **lens
         )
         seen = lse.detach().isfinite()
         loss = torch.where(seen, lse, 0.0) * grad_lse
@@ -128,7 +135,6 @@ def test_deterministic_algorithms(monkeypatch):
         ({"block": (256, 128)}, ops.HOPPER_BACKWARD, ""),
         ({"block": (64, 64)}, ops.PORTABLE_BACKWARD, "blocks of 128 keys"),
         ({"length": 2048}, ops.PORTABLE_BACKWARD, "so small"),
-        ({"has_lengths": True}, ops.PORTABLE_BACKWARD, "no lengths"),
         ({"window": 100}, ops.PORTABLE_BACKWARD, "no window"),
         ({"entropy": True}, ops.PORTABLE_BACKWARD, "no gradients of entropies"),
         ({"dtype": torch.float32}, ops.PORTABLE_BACKWARD, "fp16 and bf16"),
@@ -151,7 +157,7 @@ def test_which_kernel_runs(change, kernel, why, monkeypatch):
     grad = query[..., :1].expand(shape) if case.get("expanded") else query
     found, reason = ops.backward_kernel(
         grad, query, query, query, case["block"], case["window"], 0.1,
-        has_lengths=case.get("has_lengths", False), entropy=case.get("entropy", False),
+        entropy=case.get("entropy", False),
     )  # fmt: skip
     assert found == kernel
     assert why in reason

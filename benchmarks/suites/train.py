@@ -20,6 +20,7 @@ from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure, peak_bytes
 
 PLAIN = "plain"
+DEFAULT = "1/4 of the blocks, 1/4 of the layers"
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ def cases(form: str) -> list[Case]:
 
 def settings(form: str) -> dict[str, dict[str, float]]:
     """The regularizers, by name."""
-    found = {
+    found: dict[str, dict[str, float]] = {
+        DEFAULT: {},
         "1/8 of the blocks": {"tile_fraction": 0.125, "layer_fraction": 1.0},
         "1/16 of the blocks": {"tile_fraction": 0.0625, "layer_fraction": 1.0},
         "1/8 of the blocks, half of the layers": {"tile_fraction": 0.125, "layer_fraction": 0.5},
         "all blocks": {"tile_fraction": 1.0, "layer_fraction": 1.0},
         "all blocks, 1/8 of the layers": {"tile_fraction": 1.0, "layer_fraction": 0.125},
     }
-    default = "1/8 of the blocks, half of the layers"
-    return found if form == "full" else {default: found[default]}
+    return found if form == "full" else {DEFAULT: found[DEFAULT]}
 
 
 def run(context: Context) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Block-sparse attention, backward, for Hopper (sm_90a): one pass over the scores, in Gluon.
 
-The same sums as `entropy_attn.kernels.block_sparse_backward`, without entropies, lengths a batch
-row and windows. With P = exp(S - lse), dP = dO V^T, delta_i = dO_i . O_i - dlse_i:
+The same sums as `entropy_attn.kernels.block_sparse_backward`, without entropies and windows. With
+P = exp(S - lse), dP = dO V^T, delta_i = dO_i . O_i - dlse_i:
     dS = P * (dP - delta),  dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K.
 
 A program takes a block of 128 keys and walks over the queries that list it (the transposed lists,
@@ -87,6 +87,7 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
 @gluon.jit
 def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc):
     batch, kv_head, key_start = columns.place()
+    q_end, kv_end = columns.ends(batch)
     buffers.keys.fetch(0, key_desc, batch, kv_head, key_start, key_start + KEYS)
     buffers.values.fetch(0, value_desc, batch, kv_head, key_start, key_start + KEYS)
     use = 0
@@ -95,7 +96,7 @@ def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, row
         head = kv_head * columns.GROUP + member
         row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
         pointer, count = columns.column(batch, head, key_start)
-        step, _, last = columns.steps(pointer, count, key_start)
+        step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
         start = columns.start(pointer, step, last)
         while step < last:
             next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
@@ -144,7 +145,7 @@ def _hand_over(columns, buffers, acc, use, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def _step(
-    columns, buffers, grad_key, grad_value, use, start, key_start,
+    columns, buffers, grad_key, grad_value, use, start, key_start, q_end, kv_end,
     WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add the queries of a step to dK and dV, and hand over dQ of the step before."""
@@ -173,9 +174,9 @@ def _step(
         keys_seen = key_start + WARPGROUP * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, layout))
         first = gl.zeros_like(keys_seen)  # (64,)
         if columns.IS_CAUSAL:
-            first = keys_seen - (start + columns.kv_len - columns.q_len)
+            first = keys_seen - (start + kv_end - q_end)
         if columns.MAY_CUT:
-            first = gl.where(keys_seen < columns.kv_len, first, BLOCK_M)
+            first = gl.where(keys_seen < kv_end, first, BLOCK_M)
         lane = gl.arange(0, BLOCK_M, row_layout)  # (M,)
         scores = gl.where(lane[None, :] >= first[:, None], scores, float("-inf"))
     p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
@@ -215,6 +216,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
     BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     batch, kv_head, key_start = columns.place()
+    q_end, kv_end = columns.ends(batch)
     grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     mbarrier.arrive(buffers.scores_full.index(0), count=1)
@@ -224,21 +226,23 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
     member = 0
     while member < columns.GROUP:
         pointer, count = columns.column(batch, kv_head * columns.GROUP + member, key_start)
-        step, clear, last = columns.steps(pointer, count, key_start)
+        step, clear, last = columns.steps(pointer, count, key_start, q_end, kv_end)
         if columns.IS_CAUSAL or columns.MAY_CUT:
             start = columns.start(pointer, step, last)
             while step < clear:
                 next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
                 grad_key, grad_value = _step(
-                    columns, buffers, grad_key, grad_value, use, start, key_start, WARPGROUP, True
-                )
+                    columns, buffers, grad_key, grad_value, use, start, key_start, q_end, kv_end,
+                    WARPGROUP, True,
+                )  # fmt: skip
                 start = next_start
                 use += 1
                 step += 1
         while step < last:
             grad_key, grad_value = _step(
-                columns, buffers, grad_key, grad_value, use, 0, key_start, WARPGROUP, False
-            )
+                columns, buffers, grad_key, grad_value, use, 0, key_start, q_end, kv_end,
+                WARPGROUP, False,
+            )  # fmt: skip
             use += 1
             step += 1
         member += 1
@@ -259,6 +263,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 def _writer(columns, buffers, sum_desc):
     """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
     batch, kv_head, key_start = columns.place()
+    q_end, kv_end = columns.ends(batch)
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
     use = 1
@@ -266,7 +271,7 @@ def _writer(columns, buffers, sum_desc):
     while member < columns.GROUP:
         head = kv_head * columns.GROUP + member
         pointer, count = columns.column(batch, head, key_start)
-        step, _, last = columns.steps(pointer, count, key_start)
+        step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
         while step < last:
             row = columns.start(pointer, step, last)
             mbarrier.wait(buffers.sum_full, use & 1)
@@ -286,20 +291,21 @@ def _writer(columns, buffers, sum_desc):
 @gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads"))
 def _backward_kernel(
     query_desc, key_desc, value_desc, grad_desc, rows_desc, sum_desc, grad_key_desc,
-    grad_value_desc, offsets_ptr, rows_ptr,
+    grad_value_desc, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, index_stride_b, index_stride_h,
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
     GROUP: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
-    EARLY: gl.constexpr,
+    HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, EARLY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # Each warpgroup takes one half of dQ: of its rows, or of its columns.
     gl.static_assert(BLOCK_M * BLOCK_D == 8192)
     columns = Columns(
-        offsets_ptr, rows_ptr, count_stride_b, count_stride_h, index_stride_b, index_stride_h,
+        offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
+        count_stride_b, count_stride_h, index_stride_b, index_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
+        IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 2)
@@ -387,15 +393,14 @@ def unsupported(
     block_size: tuple[int, int],
     scale: float,
     *,
-    has_lengths: bool,
     window: int,
     entropy: bool,
 ) -> str | None:
     """Why this kernel cannot take a call, or None if it can. Never waits for the device."""
     if block_size[0] % 128 or block_size[1] != BLOCK_N.value:
         return f"it has tiles for blocks of 128 keys and multiples of 128 queries, not {block_size}"
-    if has_lengths or window > 0 or entropy:
-        return "it has no lengths a batch row, no window and no gradients of entropies"
+    if window > 0 or entropy:
+        return "it has no window and no gradients of entropies"
     if grad_out is None or value is None:
         return "there must be a gradient of the output"
     problem = forward.unsupported(query, key, value, block_size, scale)
@@ -415,12 +420,16 @@ def hopper_backward(
     is_causal: bool,
     scale: float,
     config: HopperBackwardConfig | None = None,
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel, for calls that `unsupported` has nothing against.
 
     Args:
         statistics: (B, Hq, 2, padded Nq) fp32 of `kernels/backward_statistics.py`.
         columns: the transposed lists in CSR form, as `block_sparse_backward` takes them.
+        kv_lens, q_lens: (B,) int32 valid lengths, or None.
 
     Returns:
         dQ, dK, dV, contiguous, in the dtype of the inputs.
@@ -444,12 +453,14 @@ def hopper_backward(
             descriptor(value, 64, block_d), descriptor(grad_out, config.block_m, block_d),
             _row_descriptor(statistics, config.block_m), _sum_descriptor(sums),
             descriptor(grad_key, 64, block_d), descriptor(grad_value, 64, block_d),
-            statistics if offsets is None else offsets, statistics if rows is None else rows,
+            *(statistics if x is None else x for x in (offsets, rows, kv_lens, q_lens)),
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
             GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
             BLOCK_Q=block_size[0], STAGES=config.stages, IS_CAUSAL=is_causal,
-            MAY_CUT=kv_len % BLOCK_N.value != 0, LISTED=rows is not None,
+            MAY_CUT=kv_lens is not None or kv_len % BLOCK_N.value != 0,
+            LISTED=rows is not None,
+            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
             EARLY=config.early,
             CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
             num_warps=4,

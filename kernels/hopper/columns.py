@@ -29,6 +29,8 @@ class Columns:
 
     offsets: gl.tensor
     rows: gl.tensor
+    kv_lens: gl.tensor
+    q_lens: gl.tensor
     offset_stride_b: gl.tensor
     offset_stride_h: gl.tensor
     row_stride_b: gl.tensor
@@ -45,16 +47,20 @@ class Columns:
     IS_CAUSAL: gl.constexpr
     MAY_CUT: gl.constexpr
     LISTED: gl.constexpr
+    HAS_KV_LENS: gl.constexpr
+    HAS_Q_LENS: gl.constexpr
     EARLY: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, offsets, rows, offset_stride_b, offset_stride_h, row_stride_b, row_stride_h,
-        kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED, EARLY,
+        self, offsets, rows, kv_lens, q_lens, offset_stride_b, offset_stride_h, row_stride_b,
+        row_stride_h, kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
+        IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
     ):  # fmt: skip
         self.offsets = offsets
         self.rows = rows
+        self.kv_lens = kv_lens
+        self.q_lens = q_lens
         self.offset_stride_b = offset_stride_b
         self.offset_stride_h = offset_stride_h
         self.row_stride_b = row_stride_b
@@ -71,6 +77,8 @@ class Columns:
         self.IS_CAUSAL = gl.constexpr(IS_CAUSAL)
         self.MAY_CUT = gl.constexpr(MAY_CUT)
         self.LISTED = gl.constexpr(LISTED)
+        self.HAS_KV_LENS = gl.constexpr(HAS_KV_LENS)
+        self.HAS_Q_LENS = gl.constexpr(HAS_Q_LENS)
         self.EARLY = gl.constexpr(EARLY)
 
     @gluon.jit
@@ -79,6 +87,17 @@ class Columns:
         program = gl.program_id(0)
         head = program // self.kv_tiles
         return head // self.kv_heads, head % self.kv_heads, program % self.kv_tiles * BLOCK_N
+
+    @gluon.jit
+    def ends(self, batch):
+        """Valid queries and keys of a batch row."""
+        q_end = self.q_len
+        kv_end = self.kv_len
+        if self.HAS_Q_LENS:
+            q_end = gl.minimum(gl.load(self.q_lens + batch), q_end)
+        if self.HAS_KV_LENS:
+            kv_end = gl.minimum(gl.load(self.kv_lens + batch), kv_end)
+        return q_end, kv_end
 
     @gluon.jit
     def column(self, batch, head, key_start):
@@ -111,19 +130,23 @@ class Columns:
         return found
 
     @gluon.jit
-    def steps(self, pointer, count, key_start):
+    def steps(self, pointer, count, key_start, q_end, kv_end):
         """(first, clear, last) step: before ``first`` nothing is seen, from ``clear`` on all is."""
         STEPS: gl.constexpr = self.BLOCK_Q // self.BLOCK_M
+        if self.HAS_Q_LENS:
+            count = self.below(pointer, count, (q_end + self.BLOCK_Q - 1) // self.BLOCK_Q)
+        if self.HAS_KV_LENS:
+            count = gl.where(key_start < kv_end, count, 0)
         first = 0
         clear = 0
         if self.IS_CAUSAL:
-            diagonal = self.kv_len - self.q_len
+            diagonal = kv_end - q_end
             first = gl.maximum(key_start - diagonal, 0) // self.BLOCK_Q
             first = self.below(pointer, count, first)
             clear = gl.maximum(key_start + BLOCK_N - 1 - diagonal, 0)
             clear = self.below(pointer, count, (clear + self.BLOCK_Q - 1) // self.BLOCK_Q)
         if self.MAY_CUT:
-            clear = gl.where(key_start + BLOCK_N > self.kv_len, count, clear)
+            clear = gl.where(key_start + BLOCK_N > kv_end, count, clear)
         return first * STEPS, gl.maximum(clear, first) * STEPS, count * STEPS
 
     @gluon.jit

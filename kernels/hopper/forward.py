@@ -429,7 +429,7 @@ def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
     """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
     is_wide = head_dim > 64
     if block_size[0] < 128:
-        return HopperConfig(64, 1, 2 if is_wide else 4, programs=2, ping_pong=False)
+        return HopperConfig(64 if is_wide else 128, 1, 2, programs=2, ping_pong=False)
     if is_wide:
         return HopperConfig(128, 2, 2, pin=True)
     return HopperConfig(128, 2, 4, ping_pong=False, pin=True)
