@@ -67,7 +67,7 @@ def column_lists(
 
     One stable radix sort of all entries by (batch, head, key block): deterministic, linear in
     B·H·Mq·W, without host sync, safe under CUDA graphs. The backward of block-sparse attention
-    reads it.
+    reads it; on a GPU `kernels/transposed_lists.py` makes the same in one launch.
 
     Args:
         kv_num_blocks: (B, H, Mq) int32. kv_indices: (B, H, Mq, W) int32.

@@ -35,6 +35,21 @@ def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
     return lists.repeat_interleave(heads // lists.shape[1], dim=1)
 
 
+def _columns(
+    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int, with_order: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """offsets and rows of `block_lists.column_lists`; order of `column_order`, where asked for."""
+    from entropy_attn.kernels.transposed_lists import is_faster_than_sort, transpose_lists
+
+    # In Triton's interpreter nothing is fast.
+    if kv_indices.is_cuda and is_faster_than_sort(kv_indices, num_columns):
+        return transpose_lists(kv_num_blocks, kv_indices, num_columns, with_order)
+    from entropy_attn.block_lists import column_order, column_rows
+
+    offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
+    return offsets, column_rows(order, kv_indices), order if with_order else None
+
+
 def forward_kernel(
     query: Tensor,
     key: Tensor,
@@ -244,12 +259,10 @@ def attention_backward(
         terms = (terms, terms)
     columns = None
     if kv_indices is not None:
-        from entropy_attn.block_lists import column_order, column_rows
-
         num_columns = math.ceil(key.shape[2] / block_k)
-        offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
-        columns = offsets, column_rows(order, kv_indices)
-        if terms is not None:
+        offsets, rows, order = _columns(kv_num_blocks, kv_indices, num_columns, terms is not None)
+        columns = offsets, rows
+        if order is not None:
             by_row = terms[0].flatten(2)
             terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
     if statistics is None:

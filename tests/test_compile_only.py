@@ -24,7 +24,7 @@ KERNELS = {
     "forward_kernel", "furthest_kernel", "halfspace_mass_kernel", "keep_kernel", "key_value_kernel",
     "mass_kernel", "normaliser_kernel", "outside_kernel", "plane_kernel", "point_kernel",
     "pool_kernel", "prepare_kernel", "query_kernel", "score_kernel", "split_kernel",
-    "statistics_kernel", "tile_gradient_kernel", "tile_mass_kernel",
+    "statistics_kernel", "tile_gradient_kernel", "tile_mass_kernel", "transpose_kernel",
 }  # fmt: skip
 # Of one architecture alone.
 OWN = {"sm90": {"order_kernel", "backward_kernel"}}

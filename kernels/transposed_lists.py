@@ -1,0 +1,172 @@
+"""Transposed block lists in CSR form, for the backward: the query blocks of each key block.
+
+One launch, no sort, no atomics, no synchronisation; `entropy_attn.block_lists.column_lists` is the
+reference. A program takes a few columns (key blocks) of one head and walks over the rows twice: to
+count, then to fill in. Lists are ascending, so a binary search finds how many entries of a row
+stand before the program's columns. That is all it needs of other programs: summed over the rows it
+is where its own columns begin. The entries of its columns follow, at most one a column; together
+they are the bits of one word.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_attn.kernels.launch import adjacent_lists, device_of, list_strides
+from entropy_attn.kernels.primitives import head_base, program_tile
+
+# Columns of a program: all bits of a word, or fewer where that would leave the GPU idle.
+COLUMNS, FEWER_COLUMNS = 32, 8
+MANY_PROGRAMS = 256
+# Words of 32 columns of a row that take no longer than launching a sort does.
+FEW_WORDS = 2**20
+# Arguments that vary from call to call: a new length must not compile the kernel again.
+SIZES = (
+    "count_stride_b", "count_stride_h", "count_stride_t",
+    "index_stride_b", "index_stride_h", "index_stride_t",
+    "heads", "num_rows", "num_columns", "width", "entries", "tiles", "search_steps",
+)  # fmt: skip
+
+
+@triton.jit
+def _members(
+    counts, lists, rows, num_rows, count_stride, index_stride, first, search_steps,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What some rows list.
+
+    Returns:
+        count (R,): entries of each row. before (R,): those of columns before ``first``. members
+        (C, R): 1 where a row lists the column, else 0.
+    """
+    count = tl.load(counts + rows * count_stride, mask=rows < num_rows, other=0)
+    pointers = lists + rows.to(tl.int64) * index_stride
+    before = tl.zeros_like(rows)
+    for step in range(search_steps):
+        further = before + (1 << (search_steps - 1 - step))
+        inside = further <= count
+        last = tl.load(pointers + further - 1, mask=inside, other=0)
+        before = tl.where(inside & (last < first), further, before)
+    lane = tl.arange(0, COLUMNS)
+    slots = before[:, None] + lane[None, :]  # (R, C): unique entries, hence no more than columns
+    entries = tl.load(pointers[:, None] + slots, mask=slots < count[:, None], other=first + COLUMNS)
+    bits = entries - first
+    bits = tl.where(bits < COLUMNS, 1 << tl.minimum(bits, COLUMNS - 1), 0)
+    word = tl.sum(bits, 1)  # (R,)
+    members = (word[None, :] >> lane[:, None]) & 1  # (C, R): consecutive rows are stored together
+    return count, before, members
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _transpose_kernel(
+    counts_ptr, indices_ptr, offsets_ptr, rows_ptr, order_ptr,
+    count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
+    heads, num_rows, num_columns, width, entries, tiles, search_steps,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    batch, head, tile = program_tile(tiles, heads, False)
+    counts = head_base(counts_ptr, batch, head, count_stride_b, count_stride_h)
+    lists = head_base(indices_ptr, batch, head, index_stride_b, index_stride_h)
+    batch_head = (batch * heads + head).to(tl.int64)
+    offsets = offsets_ptr + batch_head * (num_columns + 1)
+    targets = rows_ptr + batch_head * entries
+    order = order_ptr
+    if HAS_ORDER:
+        order += batch_head * entries
+    lane = tl.arange(0, ROWS)
+    first = tile * COLUMNS
+
+    all_before = tl.zeros([ROWS], tl.int32)
+    total = tl.zeros([ROWS], tl.int32)
+    lengths = tl.zeros([COLUMNS, ROWS], tl.int32)
+    for start in range(0, num_rows, ROWS):
+        count, before, members = _members(
+            counts, lists, start + lane, num_rows, count_stride_t, index_stride_t, first,
+            search_steps, COLUMNS,
+        )  # fmt: skip
+        all_before += before
+        total += count
+        lengths += members
+    length = tl.sum(lengths, 1).to(tl.int64)  # (C,)
+    end = tl.sum(all_before.to(tl.int64), 0) + tl.cumsum(length, 0)
+    columns = first + tl.arange(0, COLUMNS)
+    tl.store(offsets + 1 + columns, end, mask=columns < num_columns)
+    if tile == 0:
+        tl.store(offsets, 0)
+
+    place = end - length  # (C,) where the next row goes
+    for start in range(0, num_rows, ROWS):
+        rows = start + lane
+        _, before, members = _members(
+            counts, lists, rows, num_rows, count_stride_t, index_stride_t, first,
+            search_steps, COLUMNS,
+        )  # fmt: skip
+        places = place[:, None] + tl.cumsum(members, 1) - 1  # (C, R)
+        kept = members > 0
+        tl.store(targets + places, tl.broadcast_to(rows[None, :], (COLUMNS, ROWS)), mask=kept)
+        if HAS_ORDER:
+            slots = before[None, :] + tl.cumsum(members, 0) - 1
+            tl.store(order + places, rows.to(tl.int64)[None, :] * width + slots, mask=kept)
+        place += tl.sum(members, 1)
+
+    # What is left belongs to no column, but must be valid: each program clears a share of it.
+    used = tl.sum(total.to(tl.int64), 0)
+    for start in range(used + tile * ROWS, entries, tiles * ROWS):
+        left = start + lane
+        tl.store(targets + left, tl.zeros_like(lane), mask=left < entries)
+        if HAS_ORDER:
+            tl.store(order + left, tl.zeros([ROWS], tl.int64), mask=left < entries)
+
+
+def is_faster_than_sort(indices: Tensor, num_columns: int) -> bool:
+    """Whether a GPU runs this kernel faster than it sorts all entries.
+
+    The sort is linear in B·H·Mq·W. The kernel looks twice at each row of each 32 columns, be it
+    empty there or not: B·H·Mq·Mk/32 words. By the memory that is read, not timed, a word costs half
+    of what sorting an entry does, and 2^20 words (a head of 5792 × 5792 blocks, 32 heads of
+    1024 × 1024) what launching a sort does. So only larger problems whose lists have room for less
+    than one block in 32 are left to the sort.
+    """
+    words = indices.shape[:3].numel() * triton.cdiv(num_columns, COLUMNS)
+    return words <= max(indices.numel(), FEW_WORDS)
+
+
+def transpose_lists(
+    counts: Tensor, indices: Tensor, num_columns: int, with_order: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch the kernel.
+
+    Args:
+        counts: (B, H, Mq) int32. indices: (B, H, Mq, W) int32. Of any strides.
+        num_columns: Mk.
+        with_order: whether to return the last result.
+
+    Returns:
+        offsets (B, H, Mk + 1) int32 (int64 where B·H·Mq·W needs it) and rows (B, H, Mq·W) int32:
+        key block ``c`` is visited by the query blocks ``rows[..., offsets[c]:offsets[c + 1]]``,
+        ascending; rows past ``offsets[Mk]`` are 0. order (B, H, Mq·W) int64, or None: the entry
+        ``m · W + slot`` that each row ``m`` comes from, and 0.
+    """
+    batch, heads, num_rows, width = indices.shape
+    entries = num_rows * width
+    fits = indices.numel() <= torch.iinfo(torch.int32).max
+    offset_type = torch.int32 if fits else torch.int64
+    offsets = indices.new_empty((batch, heads, num_columns + 1), dtype=offset_type)
+    rows = indices.new_empty((batch, heads, entries))
+    order = torch.empty_like(rows, dtype=torch.int64) if with_order else None
+    if indices.numel() == 0:
+        return offsets.zero_(), rows, order
+    counts, indices = adjacent_lists(counts, indices)
+    is_large = batch * heads * triton.cdiv(num_columns, COLUMNS) >= MANY_PROGRAMS
+    columns = COLUMNS if is_large else FEWER_COLUMNS
+    tiles = triton.cdiv(num_columns, columns)
+    with device_of(indices):
+        _transpose_kernel[(tiles * batch * heads,)](
+            counts, indices, offsets, rows, order, *list_strides(counts, indices),
+            heads, num_rows, num_columns, width, entries, tiles, width.bit_length(),
+            COLUMNS=columns, ROWS=128, HAS_ORDER=with_order, num_warps=4,
+        )  # fmt: skip
+    return offsets, rows, order
