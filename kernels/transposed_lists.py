@@ -105,7 +105,7 @@ def _transpose_kernel(
             search_steps, COLUMNS,
         )  # fmt: skip
         places = place[:, None] + tl.cumsum(members, 1) - 1  # (C, R)
-        kept = members > 0
+        kept = (members > 0) & (places < entries)  # lists that are not ascending harm nobody else
         tl.store(targets + places, tl.broadcast_to(rows[None, :], (COLUMNS, ROWS)), mask=kept)
         if HAS_ORDER:
             slots = before[None, :] + tl.cumsum(members, 0) - 1

@@ -515,7 +515,6 @@ CASES = (
     KeyBoxes(256, 256, torch.float32, group=1, length=1_048_576),
     KeyBoxes(128, 64, group=1, padded=False, length=1_048_576),
     Transposed(32),
-    Transposed(256, with_order=True),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),
