@@ -19,7 +19,8 @@ from entropy_attn.integrations.sites import Installation, check_reach, find_site
 from entropy_attn.regularizer.layer import RegularizedLayer
 
 ROWS = 64  # queries of a call that are sampled
-# What a step measures, in every experiment: more layers, each on fewer blocks, than by default.
+DENSITY, FEW_LAYERS = "density", "density, few layers a step"
+# What a step measures of the others: more layers, each on fewer blocks, than by default.
 SHARES = {"tile_fraction": 0.125, "layer_fraction": 0.5}
 
 
@@ -165,8 +166,9 @@ def make_penalty(
     """A regularizer of attention by its name in the experiments.
 
     Args:
-        name: "density" (strength: the target density), "row entropy", "block entropy",
-            "tile entropy", "L1 of scores" or "range entropy of keys" (strength: the weight).
+        name: DENSITY or, with what `EntropyRegularizer` measures by default, FEW_LAYERS (strength:
+            the target density); "row entropy", "block entropy", "tile entropy", "L1 of scores" or
+            "range entropy of keys" (strength: the weight).
         steps: of the training; the first half is the warm-up.
         options: more keyword arguments of the regularizer.
     """
@@ -175,8 +177,9 @@ def make_penalty(
         return ScoreMagnitude(model, strength, seed, **options)
     if name == "range entropy of keys":
         return KeyRangeEntropy(model, strength, seed, **options)
-    shared = {"block_size": block_size, "seed": seed, **SHARES, **options}
-    if name == "density":
+    shares = {} if name == FEW_LAYERS else SHARES
+    shared = {"block_size": block_size, "seed": seed, **shares, **options}
+    if name in (DENSITY, FEW_LAYERS):
         return ea.EntropyRegularizer(model, target_density=strength, **shared)
     measure = name.removesuffix(" entropy")
     if measure not in ("row", "block", "tile"):

@@ -28,7 +28,7 @@ from entropy_attn.benchmarks.model import (
     sparsify,
     windows,
 )
-from entropy_attn.benchmarks.penalties import KeyRangeEntropy, make_penalty
+from entropy_attn.benchmarks.penalties import DENSITY, FEW_LAYERS, KeyRangeEntropy, make_penalty
 from entropy_attn.benchmarks.prose import prose, training_prose
 from entropy_attn.benchmarks.registry import Context, Row, short
 from entropy_attn.benchmarks.training import (
@@ -111,27 +111,28 @@ def methods(form: str) -> list[Method]:
     """What is compared. Sparse attention in training is no regularizer: it is crossed with ours."""
     sparse = ea.TopP(0.85)
     if form == "small":
-        return [Method(PLAIN), Method("density", 0.1, sparse), Method("range entropy of keys", 0.1)]
-    main = [Method(PLAIN), Method(PLAIN, budget=sparse), Method("density", 0.1, sparse)]
+        return [Method(PLAIN), Method(DENSITY, 0.1, sparse), Method("range entropy of keys", 0.1)]
+    main = [Method(PLAIN), Method(PLAIN, budget=sparse), Method(DENSITY, 0.1, sparse)]
     if form == "quick":
         return [Method(UNTRAINED), *main]
     return [
         Method(UNTRAINED),
         *main,
-        Method("density", 0.13, sparse),
-        Method("density", 0.1),
+        Method(DENSITY, 0.13, sparse),
+        Method(FEW_LAYERS, 0.13, sparse),
+        Method(DENSITY, 0.1),
         Method("row entropy", 0.03),
         Method("L1 of scores", 0.02),
         Method("range entropy of keys", 0.1),
         Method(PLAIN, budget=ea.TopK(0.15)),
-        Method("density", 0.05),
+        Method(DENSITY, 0.05),
         Method("row entropy", 0.1),
         Method("L1 of scores", 0.1),
         # Whether what the regularizer costs at first comes back. It does not: with so little text
         # these runs overfit.
         Method(PLAIN, length=4),
         Method(PLAIN, budget=sparse, length=4),
-        Method("density", 0.1, sparse, length=4),
+        Method(DENSITY, 0.1, sparse, length=4),
     ]
 
 

@@ -20,7 +20,7 @@ from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure, peak_bytes
 
 PLAIN = "plain"
-DEFAULT = "1/4 of the blocks, 1/4 of the layers"
+DEFAULT = "half of the blocks, 1/8 of the layers"
 
 
 @dataclass(frozen=True)
