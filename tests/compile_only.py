@@ -462,22 +462,24 @@ class SoftCells:
 
 @dataclass(frozen=True)
 class HullFilter:
-    """Extreme points along 64 directions, and which points their polytope holds."""
+    """Extreme points along 64 directions, their planes, and which points those hold."""
 
     dim: int
     dtype: torch.dtype = torch.float32
+    packed: bool = True
 
     def __str__(self) -> str:
-        return f"d={self.dim}, hull filter, {str(self.dtype).split('.')[1]}"
+        words = [f"d={self.dim}", "hull filter", str(self.dtype).split(".")[1]]
+        return ", ".join(words + ["strided"] * (not self.packed))
 
     def run(self) -> None:
-        # What comes between the launchers reads values, and nothing was computed.
         from entropy_attn.kernels import hull_filter
 
-        points = torch.zeros(2, 100_000, self.dim, dtype=self.dtype)
-        normals = torch.zeros(2, 64, self.dim, dtype=torch.float64)
-        hull_filter.extreme_points(points, normals[0])
-        hull_filter.outside(points, normals, normals[..., 0].contiguous(), normals[:, 0])
+        points = torch.zeros(1, 100_000, self.dim + (not self.packed), dtype=self.dtype)
+        points, directions = points[..., : self.dim], torch.zeros(64, self.dim, dtype=torch.float64)
+        # What comes between the launchers reads values, and nothing was computed.
+        place, kept = hull_filter._sieve(points, *hull_filter._polytope(points, directions, 1))
+        hull_filter._gather(place, kept, kept, 1, 1000)
 
 
 CASES = (
@@ -530,7 +532,10 @@ CASES = (
     SoftCells(64, 10, halfspaces=True, weights=True),
     SoftCells(1024, 12, dtype=torch.float32, halfspaces=True),
     HullFilter(2),
+    HullFilter(2, dtype=torch.float64),
+    HullFilter(3),
     HullFilter(3, dtype=torch.float64),
+    HullFilter(3, dtype=torch.float16, packed=False),
 )
 
 

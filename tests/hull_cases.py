@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import random
@@ -92,6 +93,13 @@ def hard_numbers(kind: str, random: random.Random) -> float:
         "ends": lambda: random.choice([5e-324, -5e-324, 0.0, -0.0, 1e-310, 1.0, 1.7e308, -1.7e308]),
         "mixed": lambda: random.uniform(-1, 1) * 10.0 ** random.choice([-162, -160, 150, 160, 0]),
     }[kind]()
+
+
+def few_directions(monkeypatch) -> None:
+    """Spare Triton's interpreter most of the planes of the filter on tensors."""
+    monkeypatch.setattr("entropy_attn.geometry.ops.DIRECTIONS", 8)
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setattr("entropy_attn.kernels.hull_filter.PARTS", {2: 2, 3: 1})
 
 
 KINDS = ("random", "grid", "decimal", "near", "any", "ends", "mixed")

@@ -20,10 +20,10 @@ pytest.importorskip("triton")
 HARNESS = Path(__file__).with_name("compile_only.py")
 KERNELS = {
     "anchor_kernel", "bound_kernel", "cell_gradient_kernel", "choose_kernel", "combine_kernel",
-    "entropy_kernel", "extreme_kernel",
-    "forward_kernel", "furthest_kernel", "halfspace_mass_kernel", "keep_kernel", "key_value_kernel",
-    "mass_kernel", "normaliser_kernel", "outside_kernel", "plane_kernel", "point_kernel",
-    "pool_kernel", "prepare_kernel", "query_kernel", "score_kernel", "split_kernel",
+    "entropy_kernel", "extreme_kernel", "facet_kernel",
+    "forward_kernel", "gather_kernel", "halfspace_mass_kernel", "keep_kernel", "key_value_kernel",
+    "mass_kernel", "normaliser_kernel", "plane_kernel", "point_kernel",
+    "pool_kernel", "prepare_kernel", "query_kernel", "score_kernel", "sieve_kernel", "split_kernel",
     "statistics_kernel", "tile_gradient_kernel", "tile_mass_kernel", "transpose_kernel",
 }  # fmt: skip
 # Of one architecture alone.

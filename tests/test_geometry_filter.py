@@ -12,11 +12,12 @@ pytest.importorskip("numba")
 
 import numpy as np
 import torch
-from hull_cases import KINDS, exact_hull_3d, exact_orientation, hard_numbers
+from hull_cases import KINDS, exact_hull_3d, exact_orientation, few_directions, hard_numbers
 
 from entropy_attn.geometry import filter as hull_filter
 from entropy_attn.geometry import ops
 from entropy_attn.geometry.polytope import halfspaces, triangles
+from entropy_attn.reference import hull_filter as reference
 
 
 def is_strictly_inside(point, vertices, planes) -> bool:
@@ -127,37 +128,150 @@ def test_overflows_keep_points():
         assert (4 in kept) == (scale not in (1e150, 1e-150, 1.0))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.fixture
+def candidates(monkeypatch, device):
+    """The filter of tensors, as a list of kept rows a batch row."""
+    if device == "cpu":
+        few_directions(monkeypatch)
+
+    def found(points, backend):
+        if backend == "triton":
+            pytest.importorskip("triton")
+        which, index = (each.tolist() for each in ops.candidates(points, backend))
+        assert which == sorted(which)
+        rows = [[] for _ in points]
+        for batch, row in zip(which, index, strict=True):
+            rows[batch].append(row)
+        return rows
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float64, "packed"),
+        (torch.float32, "packed"),
+        (torch.float32, "unaligned"),
+        (torch.float16, "strided"),
+    ],
+)
 @pytest.mark.parametrize("dim", [2, 3])
-def test_filters_of_tensors_agree_with_numba(dim, dtype, backend, device):
+def test_filters_of_tensors_agree_with_numba(dim, dtype, layout, device, candidates):
     """Same halfspaces, same decisions; only a value at a threshold may round differently."""
-    if backend == "triton":
-        pytest.importorskip("triton")
     batch, total = 3, 1337
-    # Not contiguous, batches of different shape: a ball, a flat set, copies of one point.
-    points = torch.randn(dim, total, batch, dtype=torch.float64).permute(2, 1, 0)
+    # A ball, a flat set, copies of one point.
+    points = torch.randn(batch, total, dim, dtype=torch.float64)
     points[1, :, 0] = 0.5
     points[2] = 1.0
     points = points.to(dtype).to(device)
-    towards = torch.from_numpy(hull_filter.directions(64, dim)).to(device)
-    implementation = ops._filter(backend)
-    found = implementation.extreme_points(points, towards).cpu()
-    assert found.shape == (batch, 64)
-    assert found[2].tolist() == [0] * 64
+    if layout == "strided":
+        points = points.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    elif layout == "unaligned":
+        points = points[:, 1:]
+    towards = torch.from_numpy(hull_filter.directions(ops.DIRECTIONS, dim)).to(device)
+    found = reference.extreme_points(points, towards).cpu()
+    assert found.shape == (batch, ops.DIRECTIONS)
+    assert found[2].tolist() == [0] * ops.DIRECTIONS
     reach = points.cpu().double() @ towards.cpu().T
     furthest = reach.gather(1, found[:, None])[:, 0]
     assert torch.allclose(furthest, reach.amax(1), rtol=1e-14, atol=1e-14)
 
-    which, index = (each.cpu() for each in ops.candidates(points, backend))
-    kept = torch.zeros(batch, total, dtype=torch.bool)
-    kept[which, index] = True
-    assert kept[1:].all()
-    assert kept[0].sum() < total // 2
     exact = np.ascontiguousarray(points[0].cpu().double().numpy())
     vertices = np.unique(exact[found[0].numpy()], axis=0)
-    expected = hull_filter.outside(exact, *halfspaces(vertices))[0]
-    assert kept[0].nonzero()[:, 0].tolist() == expected.tolist()
+    expected = hull_filter.outside(exact, *halfspaces(vertices))[0].tolist()
+    everything = list(range(points.shape[1]))
+    assert len(expected) < total // 2
+    for backend in ("reference", "triton"):
+        assert candidates(points, backend) == [expected, everything, everything]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_triton_drops_only_what_is_strictly_inside(dim, kind, device, candidates):
+    numbers = random.Random(f"{dim} {kind} triton")
+    drawn = [
+        [[hard_numbers(kind, numbers) for _ in range(dim)] for _ in range(7)] for _ in range(3)
+    ]
+    points = torch.tensor(drawn, dtype=torch.float64)
+    middles = (points[:, ::2] / 2 + points[:, :1] / 2, (points / 7).sum(1, keepdim=True))
+    points = torch.cat((points, *middles), 1)
+    for each in (points, points[:1].float()):
+        kept = candidates(each.to(device), "triton")
+        for rows, found in zip(each.tolist(), kept, strict=True):
+            dropped = set(range(len(rows))) - set(found)
+            vertices = np.unique([rows[i] for i in found if np.isfinite(rows[i]).all()], axis=0)
+            planes = supporting_planes(vertices, dim) if dropped else []
+            for i in dropped:
+                assert planes
+                assert is_strictly_inside(rows[i], vertices, planes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_triton_keeps_what_is_on_the_border(dim, dtype, device, candidates):
+    """Boxes: an ellipsoid inside touches each face in its middle, and must not cut there."""
+    factors = torch.tensor([1.0, 1.1, 0.9])[:dim]
+    low = (torch.tensor([0.1, 1000.0, -7.77])[:, None] * factors).to(dtype)
+    high = (low + torch.tensor([0.3, 9.0, 0.1])[:, None]).to(dtype)
+    sides = itertools.product([False, True], repeat=dim)
+    border = [torch.where(torch.tensor(side), high, low) for side in sides]
+    middle = low / 2 + high / 2
+    for axis in range(dim):
+        for side in (low, high):
+            face = middle.clone()
+            face[:, axis] = side[:, axis]
+            border.append(face)
+    points = torch.stack([*border, middle], 1).to(device)
+    assert candidates(points, "triton") == [list(range(len(border)))] * len(points)
+    # A little inside of the faces anything may happen, but for those on them.
+    scaled = torch.stack([middle + (each - middle) * 0.999 for each in border], 1).to(device)
+    for kept in candidates(torch.cat((points, scaled), 1), "triton"):
+        assert set(range(len(border))) <= set(kept)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_triton_keeps_what_is_not_finite(dim, device, candidates, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("entropy_attn.kernels.hull_filter"), "PARTS", {dim: 2})
+    points = torch.randn(2, 2050, dim)
+    for row, axis, bad in (
+        (0, 0, math.nan), (777, 1, math.inf), (2048, dim - 1, -math.inf), (2049, 0, math.nan),
+    ):  # fmt: skip
+        points[1, row, axis] = bad
+    kept = candidates(points.to(device), "triton")
+    assert {0, 777, 2048, 2049} <= set(kept[1])
+    assert max(map(len, kept)) < 2050 // 2
+    nothing = torch.full((1, 5, dim), math.nan, device=device)
+    assert candidates(nothing, "triton") == [[0, 1, 2, 3, 4]]
+
+
+def test_more_points_are_kept_than_expected(monkeypatch, device, candidates):
+    kernels = pytest.importorskip("entropy_attn.kernels.hull_filter")
+    angle = torch.arange(5000, device=device, dtype=torch.float64)
+    points = torch.stack((angle.cos(), angle.sin()), 1)[None]
+    points[0, ::5] *= 0.5
+    expected = candidates(points, "triton")
+    assert set(expected[0]) >= {i for i in range(5000) if i % 5}
+    assert len(expected[0]) < 5000
+    monkeypatch.setattr(kernels, "EXPECTED", 100)
+    monkeypatch.setattr(kernels, "RUN", 2 * kernels.TILE)
+    monkeypatch.setattr(kernels, "SIEVES", 1)
+    assert candidates(points, "triton") == expected
+
+
+@pytest.mark.gpu
+def test_the_filter_waits_for_the_gpu_once(forbid_waiting):
+    from entropy_attn.kernels import hull_filter as kernels
+
+    points = torch.randn(2, 100_000, 3, device="cuda")
+    towards = ops._directions(64, 3, points.device)
+    with forbid_waiting():
+        place, kept = kernels._sieve(points, *kernels._polytope(points, towards, 1))
+        found = kernels._gather(place, kept, kept.cumsum(0), 2, 200_000)
+    number = int(kept.sum())
+    which, index = ops.candidates(points, "triton")
+    assert number == len(which)
+    assert torch.equal(found[:, :number], torch.stack((which, index)))
 
 
 @pytest.mark.gpu

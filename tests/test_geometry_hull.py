@@ -11,7 +11,14 @@ pytest.importorskip("scipy")
 
 import numpy as np
 import torch
-from hull_cases import KINDS, exact_hull_2d, exact_hull_3d, exact_orientation, hard_numbers
+from hull_cases import (
+    KINDS,
+    exact_hull_2d,
+    exact_hull_3d,
+    exact_orientation,
+    few_directions,
+    hard_numbers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,7 +215,9 @@ def test_space_that_is_too_thin_for_qhull_is_refused():
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("dim", [2, 3])
-def test_tensors(dim, backend, device):
+def test_tensors(dim, backend, device, monkeypatch):
+    if device == "cpu":
+        few_directions(monkeypatch)
     if backend == "triton":
         pytest.importorskip("triton")
     points = torch.from_numpy(np.stack([shape("ball", 3000, dim), shape("cube", 3000, dim)]))

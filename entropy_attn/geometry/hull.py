@@ -77,8 +77,8 @@ def _filtered_hulls(points: Tensor, backend: str) -> list[np.ndarray]:
     if batch * total == 0:
         return [np.empty(0, np.int64)] * batch
     which, index = ops.candidates(points, backend)
-    ends = torch.bincount(which, minlength=batch).cumsum(0)[:-1].cpu().numpy()
     kept, rows = _to_numpy(points[which, index]), index.cpu().numpy()
+    ends = np.searchsorted(which.cpu().numpy(), np.arange(1, batch))
     pairs = zip(np.split(kept, ends), np.split(rows, ends), strict=True)
     return [_hull(*pair) for pair in pairs]
 

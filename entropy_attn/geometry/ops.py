@@ -1,12 +1,13 @@
 """The filter of convex hulls on tensors: where geometry meets the kernels.
 
-The rigour of the filter is in its halfspaces, which are found on the CPU from a few extreme points
-(`entropy_attn.geometry.polytope`). What touches all points runs where they lie.
+The rigour of the filter is in the planes of a polytope that a few extreme points span. In Triton
+all of it runs on the device (`kernels/hull_filter.py`); in plain PyTorch the polytope is found on
+the CPU (`entropy_attn.geometry.polytope`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,33 +22,33 @@ SAMPLE = 65536
 DIRECTIONS = 64
 
 
-def _filter(backend: str) -> Any:
-    """The module that implements the filter."""
-    if backend == "reference":
-        from entropy_attn.reference import hull_filter as reference
-
-        return reference
-    from entropy_attn.kernels import hull_filter
-
-    return hull_filter
-
-
 def candidates(points: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Batch indices and row indices of what may be a vertex, or is not finite; ascending.
 
     Args:
         points: (B, n, 2 or 3) floating point, any strides, not empty.
     """
-    implementation = _filter(backend)
+    towards = _directions(DIRECTIONS, points.shape[2], points.device)
+    if backend == "triton":
+        from entropy_attn.kernels import hull_filter
+
+        return hull_filter.candidates(points, towards, SAMPLE)
+    from entropy_attn.reference import hull_filter as reference
+
     sample = points[:, :: max(1, points.shape[1] // SAMPLE)]
-    towards = torch.from_numpy(directions(DIRECTIONS, points.shape[2])).to(points.device)
-    extremes = implementation.extreme_points(sample, towards)
+    extremes = reference.extreme_points(sample, towards)
     vertices = sample.gather(1, extremes[..., None].expand(-1, -1, points.shape[2]))
     polytopes = [_halfspaces(each) for each in vertices.double().cpu().numpy()]
     normals, thresholds, boxes = (torch.from_numpy(each) for each in _padded(polytopes))
     limits = (each.to(points.device) for each in (normals, thresholds, boxes))
-    which, index = implementation.outside(points, *limits).nonzero(as_tuple=True)
+    which, index = reference.outside(points, *limits).nonzero(as_tuple=True)
     return which, index
+
+
+@cache
+def _directions(count: int, dim: int, device: torch.device) -> Tensor:
+    """On the device, where they stay: a copy to it would wait for it each time."""
+    return torch.from_numpy(directions(count, dim)).to(device)
 
 
 def _halfspaces(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
