@@ -20,8 +20,8 @@ from entropy_attn.regularizer.layer import RegularizedLayer
 
 ROWS = 64  # queries of a call that are sampled
 DENSITY, FEW_LAYERS = "density", "density, few layers a step"
-# What a step measures of the others: more layers, each on fewer blocks, than by default.
-SHARES = {"tile_fraction": 0.125, "layer_fraction": 0.5}
+# As much as by default, but of fewer layers.
+FEW_LAYERS_SHARES = {"tile_fraction": 0.5, "layer_fraction": 0.125}
 
 
 class AttentionPenalty(ABC, nn.Module):
@@ -166,9 +166,8 @@ def make_penalty(
     """A regularizer of attention by its name in the experiments.
 
     Args:
-        name: DENSITY or, with what `EntropyRegularizer` measures by default, FEW_LAYERS (strength:
-            the target density); "row entropy", "block entropy", "tile entropy", "L1 of scores" or
-            "range entropy of keys" (strength: the weight).
+        name: DENSITY or FEW_LAYERS (strength: the target density); "row entropy", "block entropy",
+            "tile entropy", "L1 of scores" or "range entropy of keys" (strength: the weight).
         steps: of the training; the first half is the warm-up.
         options: more keyword arguments of the regularizer.
     """
@@ -177,7 +176,7 @@ def make_penalty(
         return ScoreMagnitude(model, strength, seed, **options)
     if name == "range entropy of keys":
         return KeyRangeEntropy(model, strength, seed, **options)
-    shares = {} if name == FEW_LAYERS else SHARES
+    shares = FEW_LAYERS_SHARES if name == FEW_LAYERS else {}
     shared = {"block_size": block_size, "seed": seed, **shares, **options}
     if name in (DENSITY, FEW_LAYERS):
         return ea.EntropyRegularizer(model, target_density=strength, **shared)

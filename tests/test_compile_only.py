@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_only import KIB, SHARED_MEMORY, TARGETS, cases_of
+from compile_cases import cases_of
+from compile_only import KIB, SHARED_MEMORY, TARGETS
 
 pytest.importorskip("triton")
 

@@ -20,7 +20,7 @@ from entropy_attn.benchmarks.registry import Context, Row
 from entropy_attn.benchmarks.timing import measure, peak_bytes
 
 PLAIN = "plain"
-DEFAULT = "half of the blocks, 1/8 of the layers"
+DEFAULT = "1/8 of the blocks, half of the layers"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def settings(form: str) -> dict[str, dict[str, float]]:
     """The regularizers, by name."""
     found: dict[str, dict[str, float]] = {
         DEFAULT: {},
+        "half of the blocks, 1/8 of the layers": {"tile_fraction": 0.5, "layer_fraction": 0.125},
         "1/8 of the blocks": {"tile_fraction": 0.125, "layer_fraction": 1.0},
         "1/16 of the blocks": {"tile_fraction": 0.0625, "layer_fraction": 1.0},
-        "1/8 of the blocks, half of the layers": {"tile_fraction": 0.125, "layer_fraction": 0.5},
         "all blocks": {"tile_fraction": 1.0, "layer_fraction": 1.0},
         "all blocks, 1/8 of the layers": {"tile_fraction": 1.0, "layer_fraction": 0.125},
     }
