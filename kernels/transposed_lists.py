@@ -23,6 +23,8 @@ COLUMNS, FEWER_COLUMNS = 32, 8
 MANY_PROGRAMS = 256
 # Words of 32 columns of a row that take no longer than launching a sort does.
 FEW_WORDS = 2**20
+# A program walks over all rows, twice: with more of them a sort keeps more of the GPU busy.
+MOST_ROWS = 8192
 # Arguments that vary from call to call: a new length must not compile the kernel again.
 SIZES = (
     "count_stride_b", "count_stride_h", "count_stride_t",
@@ -39,8 +41,8 @@ def _members(
     """What some rows list.
 
     Returns:
-        count (R,): entries of each row. before (R,): those of columns before ``first``. members
-        (C, R): 1 where a row lists the column, else 0.
+        before (R,): entries of each row for columns before ``first``. members (C, R): 1 where a row
+        lists the column, else 0.
     """
     count = tl.load(counts + rows * count_stride, mask=rows < num_rows, other=0)
     pointers = lists + rows.to(tl.int64) * index_stride
@@ -54,10 +56,11 @@ def _members(
     slots = before[:, None] + lane[None, :]  # (R, C): unique entries, hence no more than columns
     entries = tl.load(pointers[:, None] + slots, mask=slots < count[:, None], other=first + COLUMNS)
     bits = entries - first
-    bits = tl.where(bits < COLUMNS, 1 << tl.minimum(bits, COLUMNS - 1), 0)
+    inside = (bits >= 0) & (bits < COLUMNS)
+    bits = tl.where(inside, 1 << tl.where(inside, bits, 0), 0)
     word = tl.sum(bits, 1)  # (R,)
     members = (word[None, :] >> lane[:, None]) & 1  # (C, R): consecutive rows are stored together
-    return count, before, members
+    return before, members
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -80,18 +83,17 @@ def _transpose_kernel(
     first = tile * COLUMNS
 
     all_before = tl.zeros([ROWS], tl.int32)
-    total = tl.zeros([ROWS], tl.int32)
     lengths = tl.zeros([COLUMNS, ROWS], tl.int32)
     for start in range(0, num_rows, ROWS):
-        count, before, members = _members(
+        before, members = _members(
             counts, lists, start + lane, num_rows, count_stride_t, index_stride_t, first,
             search_steps, COLUMNS,
         )  # fmt: skip
         all_before += before
-        total += count
         lengths += members
     length = tl.sum(lengths, 1).to(tl.int64)  # (C,)
-    end = tl.sum(all_before.to(tl.int64), 0) + tl.cumsum(length, 0)
+    # Lists that are not ascending break the contract, but harm nobody else.
+    end = tl.minimum(tl.sum(all_before.to(tl.int64), 0) + tl.cumsum(length, 0), entries)
     columns = first + tl.arange(0, COLUMNS)
     tl.store(offsets + 1 + columns, end, mask=columns < num_columns)
     if tile == 0:
@@ -100,25 +102,17 @@ def _transpose_kernel(
     place = end - length  # (C,) where the next row goes
     for start in range(0, num_rows, ROWS):
         rows = start + lane
-        _, before, members = _members(
+        before, members = _members(
             counts, lists, rows, num_rows, count_stride_t, index_stride_t, first,
             search_steps, COLUMNS,
         )  # fmt: skip
         places = place[:, None] + tl.cumsum(members, 1) - 1  # (C, R)
-        kept = (members > 0) & (places < entries)  # lists that are not ascending harm nobody else
+        kept = (members > 0) & (places >= 0) & (places < entries)
         tl.store(targets + places, tl.broadcast_to(rows[None, :], (COLUMNS, ROWS)), mask=kept)
         if HAS_ORDER:
             slots = before[None, :] + tl.cumsum(members, 0) - 1
             tl.store(order + places, rows.to(tl.int64)[None, :] * width + slots, mask=kept)
         place += tl.sum(members, 1)
-
-    # What is left belongs to no column, but must be valid: each program clears a share of it.
-    used = tl.sum(total.to(tl.int64), 0)
-    for start in range(used + tile * ROWS, entries, tiles * ROWS):
-        left = start + lane
-        tl.store(targets + left, tl.zeros_like(lane), mask=left < entries)
-        if HAS_ORDER:
-            tl.store(order + left, tl.zeros([ROWS], tl.int64), mask=left < entries)
 
 
 def is_faster_than_sort(indices: Tensor, num_columns: int) -> bool:
@@ -128,10 +122,10 @@ def is_faster_than_sort(indices: Tensor, num_columns: int) -> bool:
     empty there or not: B·H·Mq·Mk/32 words. By the memory that is read, not timed, a word costs half
     of what sorting an entry does, and 2^20 words (a head of 5792 × 5792 blocks, 32 heads of
     1024 × 1024) what launching a sort does. So only larger problems whose lists have room for less
-    than one block in 32 are left to the sort.
+    than one block in 32 are left to the sort, and lists of more than 8192 rows.
     """
     words = indices.shape[:3].numel() * triton.cdiv(num_columns, COLUMNS)
-    return words <= max(indices.numel(), FEW_WORDS)
+    return indices.shape[2] <= MOST_ROWS and words <= max(indices.numel(), FEW_WORDS)
 
 
 def transpose_lists(
@@ -155,9 +149,10 @@ def transpose_lists(
     fits = indices.numel() <= torch.iinfo(torch.int32).max
     offset_type = torch.int32 if fits else torch.int64
     offsets = indices.new_empty((batch, heads, num_columns + 1), dtype=offset_type)
-    rows = indices.new_empty((batch, heads, entries))
-    order = torch.empty_like(rows, dtype=torch.int64) if with_order else None
-    if indices.numel() == 0:
+    # What is left of them belongs to no column, but is read, and must be valid.
+    rows = indices.new_zeros((batch, heads, entries))
+    order = torch.zeros_like(rows, dtype=torch.int64) if with_order else None
+    if indices.numel() == 0 or num_columns == 0:
         return offsets.zero_(), rows, order
     counts, indices = adjacent_lists(counts, indices)
     is_large = batch * heads * triton.cdiv(num_columns, COLUMNS) >= MANY_PROGRAMS

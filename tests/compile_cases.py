@@ -221,16 +221,17 @@ class Transposed:
     """The transposed lists, which a call on the CPU would sort."""
 
     heads: int
+    with_order: bool = False
 
     def __str__(self) -> str:
-        return f"{self.heads} heads, transposed lists"
+        return f"{self.heads} heads, transposed lists" + ", with order" * self.with_order
 
     def run(self) -> None:
         from entropy_attn.kernels.transposed_lists import transpose_lists
         from entropy_attn.masks import BlockMask
 
         mask = BlockMask.causal(1, self.heads, 4096, 4096, 128)
-        transpose_lists(mask.kv_num_blocks, mask.kv_indices, 32, with_order=False)
+        transpose_lists(mask.kv_num_blocks, mask.kv_indices, 32, self.with_order)
 
 
 @dataclass(frozen=True)
@@ -377,6 +378,7 @@ CASES = (
     KeyBoxes(256, 256, torch.float32, group=1, length=1_048_576),
     KeyBoxes(128, 64, group=1, padded=False, length=1_048_576),
     Transposed(32),
+    Transposed(256, with_order=True),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),

@@ -27,7 +27,6 @@ import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.benchmarks.store import Record, Store
 
-REPEATS = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -136,13 +135,13 @@ def adds_in_any_order(problem: Problem) -> bool:
     return kernel == ops.HOPPER_BACKWARD
 
 
-def check(problem: Problem, backend: str) -> list[str]:
-    """What is wrong in any of `REPEATS` launches."""
+def check(problem: Problem, backend: str, repeats: int) -> list[str]:
+    """What is wrong in any of some launches of a problem."""
     ops.SMALL = ops.SMALL_BACKWARD = 0
     truth = solve(problem, "reference", torch.float64)
     rounded = solve(problem, "reference")
     first, wrong, unordered = solve(problem, backend), [], adds_in_any_order(problem)
-    for launch in range(REPEATS):
+    for launch in range(repeats):
         found = first if launch == 0 else solve(problem, backend)
         for name, x in found.items():
             true = truth[name]
@@ -164,14 +163,15 @@ def check(problem: Problem, backend: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=8, help="launches of each problem")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes; each compiles kernels")
     parser.add_argument("--backend", default="triton" if DEVICE == "cuda" else "reference")
     arguments = parser.parse_args()
     rng, failures, start = random.Random(arguments.seed), [], time.perf_counter()
-    problems = [Problem.draw(rng) for _ in range(-(-arguments.launches // REPEATS))]
+    problems = [Problem.draw(rng) for _ in range(-(-arguments.launches // arguments.repeats))]
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as workers:
-        results = workers.map(check, problems, repeat(arguments.backend))
+        results = workers.map(check, problems, repeat(arguments.backend), repeat(arguments.repeats))
         for number, (problem, wrong) in enumerate(zip(problems, results, strict=True), 1):
             for text in wrong:
                 print(f"{problem}: {text}", flush=True)
@@ -180,11 +180,12 @@ def main() -> None:
                 print(f"{number} of {len(problems)} problems, {len(failures)} failures", flush=True)
     result = {
         "status": "failed" if failures else "ok",
-        "launches": len(problems) * REPEATS,
+        "launches": len(problems) * arguments.repeats,
         "failures": failures[:20],
         "seconds": round(time.perf_counter() - start, 1),
     }
-    Store().append(Record("soak", {"seed": arguments.seed, "backend": arguments.backend}, result))
+    config = {name: getattr(arguments, name) for name in ("seed", "backend", "launches", "repeats")}
+    Store().append(Record("soak", config, result))
     print(f"{result['launches']} launches, {len(failures)} failures")
     sys.exit(1 if failures else 0)
 

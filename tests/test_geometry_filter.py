@@ -158,7 +158,7 @@ def candidates(monkeypatch, device):
 )
 @pytest.mark.parametrize("dim", [2, 3])
 def test_filters_of_tensors_agree_with_numba(dim, dtype, layout, device, candidates):
-    """Same halfspaces, same decisions; only a value at a threshold may round differently."""
+    """Halfspaces that keep the same points: no extreme points of these lie in one face."""
     batch, total = 3, 1337
     # A ball, a flat set, copies of one point.
     points = torch.randn(batch, total, dim, dtype=torch.float64)
@@ -196,6 +196,7 @@ def test_triton_drops_only_what_is_strictly_inside(dim, kind, device, candidates
     points = torch.tensor(drawn, dtype=torch.float64)
     middles = (points[:, ::2] / 2 + points[:, :1] / 2, (points / 7).sum(1, keepdim=True))
     points = torch.cat((points, *middles), 1)
+    total = 0
     for each in (points, points[:1].float()):
         kept = candidates(each.to(device), "triton")
         for rows, found in zip(each.tolist(), kept, strict=True):
@@ -205,6 +206,27 @@ def test_triton_drops_only_what_is_strictly_inside(dim, kind, device, candidates
             for i in dropped:
                 assert planes
                 assert is_strictly_inside(rows[i], vertices, planes)
+            total += len(dropped)
+    assert total > 0 or kind in ("ends", "any", "mixed")
+
+
+@pytest.mark.parametrize("kind", ["lattice", "clipped"])
+def test_triton_drops_what_is_in_a_box(kind, device, candidates):
+    """Extreme points that tie along edges and on faces leave a polytope with an inside."""
+    numbers = torch.Generator().manual_seed(0)
+    points = torch.randn(2000, 3, generator=numbers).clamp(-1, 1)
+    if kind == "lattice":
+        points = torch.cartesian_prod(*3 * [torch.arange(9.0)])
+        points = points[torch.randperm(len(points), generator=numbers)]
+    assert len(candidates(points[None].to(device), "triton")[0]) < 0.7 * len(points)
+
+
+def test_too_many_planes_keep_all_points(monkeypatch, device, candidates):
+    kernels = pytest.importorskip("entropy_attn.kernels.hull_filter")
+    points = torch.randn(1, 300, 2, device=device)
+    assert len(candidates(points, "triton")[0]) < 300
+    monkeypatch.setattr(kernels, "CAPACITY", 4)
+    assert len(candidates(points, "triton")[0]) == 300
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

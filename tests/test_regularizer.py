@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 
@@ -14,6 +15,7 @@ from integration_models import KEEP_ALL, build, inputs_of, padding_mask, tokens
 from torch import Tensor, nn
 
 import entropy_attn as ea
+from entropy_attn.benchmarks.suites import train
 from entropy_attn.regularizer.control import DualAscent, FixedWeight
 from entropy_attn.regularizer.measure import measure_calls
 from entropy_attn.regularizer.sampling import Sample
@@ -581,3 +583,9 @@ def test_a_step_takes_no_memory_of_all_pairs():
         hidden = model.model(ids, use_cache=False).last_hidden_state
         (hidden.float().square().mean() + regularizer.penalty()).backward()
         assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_the_suite_times_what_is_measured_by_default():
+    defaults = inspect.signature(ea.EntropyRegularizer).parameters
+    for name, value in train.settings("full")[train.DEFAULT].items():
+        assert defaults[name].default == value

@@ -81,10 +81,24 @@ def test_without_order(device):
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)])
-def test_nothing_to_transpose(shape):
+@pytest.mark.parametrize(
+    ("shape", "columns"),
+    [((0, 2, 3, 4), 5), ((1, 2, 0, 4), 5), ((1, 2, 3, 0), 5), ((1, 2, 3, 4), 0)],
+)
+def test_nothing_to_transpose(shape, columns):
     counts = torch.zeros(shape[:3], dtype=torch.int32)
-    assert_same(counts, torch.zeros(shape, dtype=torch.int32), 5)
+    assert_same(counts, torch.zeros(shape, dtype=torch.int32), columns)
+
+
+@pytest.mark.parametrize("entries", [[40, 2], [5, 5]])
+def test_lists_that_are_not_ascending_harm_nobody(entries):
+    """All numbers are valid, whatever they say."""
+    counts = torch.full((1, 1, 1), 2, dtype=torch.int32, device=DEVICE)
+    indices = torch.tensor(entries, dtype=torch.int32, device=DEVICE).view(1, 1, 1, 2)
+    offsets, rows, order = transpose_lists(counts, indices, 64, True)
+    assert 0 <= offsets.min() <= offsets.max() <= 2
+    assert torch.equal(rows, torch.zeros_like(rows))
+    assert 0 <= order.min() <= order.max() <= 1
 
 
 def test_gradients_are_those_of_sorted_lists(device, monkeypatch):
@@ -112,11 +126,12 @@ def test_gradients_are_those_of_sorted_lists(device, monkeypatch):
 
 
 def test_what_is_left_to_the_sort():
-    """A million tokens that see 33 blocks of 64 each: most words would be empty."""
-    indices = torch.empty(1, 1, 16384, 33, dtype=torch.int32, device="meta")
+    """Many tokens that see 33 blocks of 64 each: most words would be empty. Or very many rows."""
+    indices = torch.empty(1, 1, 8192, 33, dtype=torch.int32, device="meta")
     assert not is_faster_than_sort(indices, 16384)
     assert is_faster_than_sort(indices[:, :, :2048], 16384)
     assert is_faster_than_sort(indices.expand(8, 32, -1, -1), 1024)
+    assert not is_faster_than_sort(indices.new_empty(1, 1, 8193, 33), 32)
 
 
 @pytest.mark.gpu

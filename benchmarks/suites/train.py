@@ -60,7 +60,7 @@ def cases(form: str) -> list[Case]:
 def settings(form: str) -> dict[str, dict[str, float]]:
     """The regularizers, by name."""
     found: dict[str, dict[str, float]] = {
-        DEFAULT: {},
+        DEFAULT: {"tile_fraction": 0.125, "layer_fraction": 0.5},
         "half of the blocks, 1/8 of the layers": {"tile_fraction": 0.5, "layer_fraction": 0.125},
         "1/8 of the blocks": {"tile_fraction": 0.125, "layer_fraction": 1.0},
         "1/16 of the blocks": {"tile_fraction": 0.0625, "layer_fraction": 1.0},

@@ -68,13 +68,17 @@ def polytope(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np
 
 @cache
 def directions(count: int, dim: int) -> np.ndarray:
-    """(count, dim) unit vectors, spread evenly: on a circle, or on a Fibonacci sphere."""
+    """(count, dim) unit vectors, spread evenly: on a circle, or on a Fibonacci sphere.
+
+    In space none is at a right angle to an axis: along a box's edge it would see no difference,
+    and three extreme points on one line span no plane that a GPU could tell from all others.
+    """
     steps = np.arange(count)
     if dim == 2:
         angle = 2 * math.pi / count * steps
         return np.stack([np.cos(angle), np.sin(angle)], 1)
     height = 1 - (2 * steps + 1) / count
-    angle = math.pi * (3 - math.sqrt(5)) * steps
+    angle = math.pi * (3 - math.sqrt(5)) * (steps + 0.5)
     radius = np.sqrt(1 - height * height)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), height], 1)
 

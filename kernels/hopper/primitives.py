@@ -135,9 +135,9 @@ class Ring:
         mbarrier.wait(self.full.index(use % self.SLOTS), use // self.SLOTS & 1)
 
     @gluon.jit
-    def release(self, use, is_used=True):
-        """This warpgroup has read it, if it was used at all."""
-        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1, pred=is_used)
+    def release(self, use):
+        """This warpgroup has read it."""
+        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1)
 
     @gluon.jit
     def wait_empty(self, use):
