@@ -243,7 +243,7 @@ def perplexity_against_density(
 ) -> None:
     """A line a method, through (density, perplexity)."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+        figure, axes = plt.subplots(figsize=(11.0, 5.0), layout="constrained")
         for index, (name, points) in enumerate(curves.items()):
             densities, perplexities = zip(*points, strict=True)
             turn, place = divmod(index, len(COLOURS))
