@@ -52,7 +52,7 @@ demo: $(READY) $(DOWNLOADED) ## Run SmolLM2-135M on real prose, dense and sparse
 
 test: $(READY) ## Run the tests on the CPU: reference, kernels in Triton's interpreter, compilation.
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	  $(PYTHON) -m pytest -q -n $(WORKERS) tests
+	  $(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
 test-gpu: $(READY) ## Run the GPU tests on this machine's GPU and record the outcome.
 	$(PYTHON) tests/gpu_record.py -q -n $(GPU_WORKERS)

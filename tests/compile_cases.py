@@ -394,8 +394,6 @@ CASES = (
     SoftCells(64, 10, halfspaces=True, weights=True),
     SoftCells(1024, 12, dtype=torch.float32, halfspaces=True),
     HullFilter(2),
-    HullFilter(2, dtype=torch.float64),
-    HullFilter(3),
     HullFilter(3, dtype=torch.float64),
     HullFilter(3, dtype=torch.float16, packed=False),
 )
