@@ -50,7 +50,7 @@ from entropy_attn.kernels.hopper.columns import (
     add_to_global,
 )
 from entropy_attn.kernels.hopper.forward import REGISTERS, descriptor
-from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring
+from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring, valid_ends
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
@@ -87,7 +87,7 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
 @gluon.jit
 def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc):
     batch, kv_head, key_start = columns.place()
-    q_end, kv_end = columns.ends(batch)
+    q_end, kv_end = valid_ends(columns, batch)
     buffers.keys.fetch(0, key_desc, batch, kv_head, key_start, key_start + KEYS)
     buffers.values.fetch(0, value_desc, batch, kv_head, key_start, key_start + KEYS)
     use = 0
@@ -216,7 +216,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
     BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     batch, kv_head, key_start = columns.place()
-    q_end, kv_end = columns.ends(batch)
+    q_end, kv_end = valid_ends(columns, batch)
     grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     mbarrier.arrive(buffers.scores_full.index(0), count=1)
@@ -263,7 +263,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 def _writer(columns, buffers, sum_desc):
     """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
     batch, kv_head, key_start = columns.place()
-    q_end, kv_end = columns.ends(batch)
+    q_end, kv_end = valid_ends(columns, batch)
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
     use = 1

@@ -89,17 +89,6 @@ class Columns:
         return head // self.kv_heads, head % self.kv_heads, program % self.kv_tiles * BLOCK_N
 
     @gluon.jit
-    def ends(self, batch):
-        """Valid queries and keys of a batch row."""
-        q_end = self.q_len
-        kv_end = self.kv_len
-        if self.HAS_Q_LENS:
-            q_end = gl.minimum(gl.load(self.q_lens + batch), q_end)
-        if self.HAS_KV_LENS:
-            kv_end = gl.minimum(gl.load(self.kv_lens + batch), kv_end)
-        return q_end, kv_end
-
-    @gluon.jit
     def column(self, batch, head, key_start):
         """(pointer, count) of the query blocks that see the program's keys."""
         count = (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q

@@ -196,6 +196,18 @@ def ring(
 # What the partitions share
 
 
+@gluon.jit
+def valid_ends(shape, batch):
+    """Valid queries and keys of a batch row, of a `Problem` or of the backward's `Columns`."""
+    q_end = shape.q_len
+    kv_end = shape.kv_len
+    if shape.HAS_Q_LENS:
+        q_end = gl.minimum(gl.load(shape.q_lens + batch), q_end)
+    if shape.HAS_KV_LENS:
+        kv_end = gl.minimum(gl.load(shape.kv_lens + batch), kv_end)
+    return q_end, kv_end
+
+
 @aggregate
 class Memory:
     """Shared memory and barriers.
@@ -326,13 +338,7 @@ class Problem:
     def ends(self, tile):
         """Valid queries and keys of a tile's batch row; a tile below 0 stands for the first."""
         batch, _, _ = self.place(gl.maximum(tile, 0))
-        q_end = self.q_len
-        kv_end = self.kv_len
-        if self.HAS_Q_LENS:
-            q_end = gl.minimum(gl.load(self.q_lens + batch), q_end)
-        if self.HAS_KV_LENS:
-            kv_end = gl.minimum(gl.load(self.kv_lens + batch), kv_end)
-        return q_end, kv_end
+        return valid_ends(self, batch)
 
     @gluon.jit
     def address(self, tile):
