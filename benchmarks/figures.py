@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
 from entropy_attn.benchmarks.store import Record
 
@@ -44,12 +47,21 @@ def speedups(records: list[Record], head_dim: int, direction: str = "forward") -
     return {name: points for name, points in found.items() if len(points) > 1}
 
 
+def crossover_case(config: Mapping[str, Any]) -> str:
+    """A case of the suite ``crossover`` but for its length."""
+    causal = ", causal" if config["is_causal"] else ""
+    return f"D={config['head_dim']}{causal}, {config['batch'] * config['heads']} heads"
+
+
 def times_by_length(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
-    """Of the suite ``crossover``: the best dense attention, and the sparsest that was measured."""
+    """Of the suite ``crossover``: the best dense attention, and the sparsest that was measured.
+
+    Of one sequence: with more of them the lines would be too many.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
+    for record in (r for r in records if r.config["batch"] == 1):
         config, result = record.config, record.result
-        case = f"D={config['head_dim']}" + (", causal" if config["is_causal"] else "")
+        case = crossover_case(config)
         sparsest = result["sparse_ms"][min(result["sparse_ms"], key=float)]
         found.setdefault(f"dense, {case}", []).append((config["length"], result["dense_ms"]))
         found.setdefault(f"sparse, {case}", []).append((config["length"], sparsest))

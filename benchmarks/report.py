@@ -150,6 +150,8 @@ def _entropy_overhead(store: Store) -> str:
 
 def _selection(store: Store) -> str:
     def table(records: list[Record]) -> str:
+        # Older records of more combinations, and without the steps, where there are no others.
+        records = [r for r in records if "copy_ms" in r.result] or records
         rows = [
             [
                 f"D={r.config['head_dim']}, blocks of {r.config['block']}"
@@ -158,15 +160,24 @@ def _selection(store: Store) -> str:
                 r.config["scorer"],
                 r.config["budget"],
                 f"{r.result['median_ms']:.3f}",
+                _ms(r.result.get("pool_ms")),
+                _ms(r.result.get("copy_ms")),
                 f"{r.result['attention_ms']:.3f}",
                 f"{r.result['share']:.1%}",
             ]
             for r in records
         ]
-        header = ["case", "scorer", "budget", "selection, ms", "attention at 0.2, ms", "share"]
+        header = [
+            "case", "scorer", "budget", "selection, ms", "of it pooling, ms",
+            "a copy of as many bytes, ms", "attention at 0.2, ms", "share",
+        ]  # fmt: skip
         return markdown(header, rows)
 
     return per_machine(store, "select", table, kind="select")
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _crossed(
@@ -215,7 +226,7 @@ def _crossover(store: Store) -> str:
         for r in records:
             sparse = ", ".join(f"{ms:.3f} at {d}" for d, ms in r.result["sparse_ms"].items())
             rows.append([
-                f"D={r.config['head_dim']}" + (", causal" if r.config["is_causal"] else ""),
+                figures.crossover_case(r.config),
                 str(r.config["length"]),
                 f"{r.result['dense_ms']:.3f} ({r.result['dense']})",
                 sparse,
@@ -401,9 +412,8 @@ def draw(store: Store, folder: Path) -> list[Path]:
     for machine, records in by_machine(full_records(store, "crossover")):
         curves: dict[str, list[tuple[int, float]]] = {}
         for r in records:
-            name = f"D={r.config['head_dim']}" + (", causal" if r.config["is_causal"] else "")
             point = (r.config["length"], r.result["break_even_density"])
-            curves.setdefault(name, []).append(point)
+            curves.setdefault(figures.crossover_case(r.config), []).append(point)
         path = folder / f"crossover_{slug(machine)}.png"
         plots.break_even(curves, f"sparse beats dense below the curve, {machine}", path)
         drawn.append(path)

@@ -1,12 +1,15 @@
 """The one timing helper: all contestants take turns, so that each meets the same machine.
 
 Clocks and temperature drift within seconds, so contestants that are timed one after the other
-are not comparable. Here every round calls each contestant once, starting with another one each
-round, on the next of several input sets, and medians are taken over the rounds.
+are not comparable. Here every round calls each contestant once, on the next of several input sets,
+and medians are taken over the rounds. The order of a round is drawn anew: a contestant that always
+came after the same other one would be timed at the clock that this one leaves behind, and after
+one that waits for memory a GPU runs faster than after one that is bound by its power.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,9 +84,9 @@ def measure(
         rounds = max(min_rounds, min(max_rounds, int(seconds * 1e3 / max(total, 1e-6))))
 
     names = list(contestants)
+    draw = random.Random(0)
     for turn in range(rounds):
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
+        for name in draw.sample(names, len(names)):
             calls = contestants[name]
             clock.time(name, calls[turn % len(calls)])
     return {name: Timing.of(samples) for name, samples in clock.collect().items()}

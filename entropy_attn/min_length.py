@@ -6,8 +6,6 @@ only on the device, after its blocks were chosen, and reading it would make the 
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import torch
 
 from entropy_attn.backend.crossover import Crossover, beats_dense, find_crossover, smallest_block
@@ -54,18 +52,18 @@ class MinLength:
             return f"{short}{query.device.type})" if kv_len < UNMEASURED_LENGTH else None
         # A window bounds the keys that a query sees, and with them those that can be left out.
         seen = kv_len if window is None else min(window, kv_len)
-        length, rows, reason = found
-        faster = beats_dense(length, rows, batch * heads, q_len, seen)
+        starts, reason = found
+        faster = beats_dense(starts, batch * heads, q_len, seen)
         return None if faster else reason
 
 
 @torch.compiler.assume_constant_result
 def _crossover(
     key: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
-) -> tuple[int | None, int, str] | None:
+) -> tuple[tuple[tuple[int, int, int], ...], str] | None:
     """`expected_crossover` for the `MinLength` of a key, as what is constant to torch.compile."""
     found = expected_crossover(find(key).config, device, dtype, head_dim, is_causal)
-    return None if found is None else astuple(found)
+    return None if found is None else (found.starts, found.reason)
 
 
 def expected_crossover(
@@ -85,7 +83,7 @@ def expected_crossover(
     if dtype == torch.float32 or min(block_size) < smallest_block():
         unmeasured = "fp32" if dtype == torch.float32 else f"blocks of {min(block_size)}"
         reason = f"sparse attention was not measured in {unmeasured}: give min_length a number"
-        return Crossover(None, found.rows, reason)
+        return Crossover((), reason)
     return found
 
 

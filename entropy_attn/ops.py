@@ -18,8 +18,9 @@ from entropy_attn.reference import attention as reference
 PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
-# Pairs of queries and keys of all heads, below which a launch weighs more than a faster kernel.
-SMALL = 2**31
+# Pairs of queries and visible keys of all heads from which on the forward kernel for sm_90 is
+# faster, the order of its work included. Where head_dim is at most 64 it takes more of them.
+SMALL, SMALL_NARROW = 2**28, 2**31
 SMALL_BACKWARD = 2**29
 
 
@@ -78,7 +79,8 @@ def forward_kernel(
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
-    if batch * heads * q_len * key.shape[2] < SMALL:
+    pairs = batch * heads * q_len * key.shape[2] // (2 if is_causal else 1)
+    if pairs < (SMALL if query.shape[3] > 64 else SMALL_NARROW):
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
 

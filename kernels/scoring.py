@@ -350,7 +350,7 @@ def default_config(
     elif taps > 1:
         config = ScoreConfig(128, 64, 8, 3)
     elif row_bytes > 128:
-        config = ScoreConfig(64, 64, 4, 3)
+        config = ScoreConfig(128, 64, 8, 3)
     else:
         config = ScoreConfig(128, 64, 8, 3, max_registers=80)
     return replace(config, rows=max(config.rows, per_tile), cols=max(config.cols, per_block))

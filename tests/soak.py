@@ -137,7 +137,7 @@ def adds_in_any_order(problem: Problem) -> bool:
 
 def check(problem: Problem, backend: str, repeats: int) -> list[str]:
     """What is wrong in any of some launches of a problem."""
-    ops.SMALL = ops.SMALL_BACKWARD = 0
+    ops.SMALL = ops.SMALL_NARROW = ops.SMALL_BACKWARD = 0
     truth = solve(problem, "reference", torch.float64)
     rounded = solve(problem, "reference")
     first, wrong, unordered = solve(problem, backend), [], adds_in_any_order(problem)

@@ -27,7 +27,9 @@ POINTS = [point(1024, 0.0), point(4096, 0.2), point(16384, 0.6)]
 
 
 def curve(points=POINTS, arch="sm90", head_dim=64, is_causal=False) -> crossover.Curve | None:
-    return crossover.make_curve(points, arch, head_dim, is_causal)
+    found = crossover.make_curves(points, arch, head_dim, is_causal)
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
 def shortest(density: float, points=POINTS, **call: Any) -> int | None:
@@ -149,7 +151,7 @@ def test_no_data(made):
 def test_smaller_grids_need_longer_calls(made):
     made(POINTS)
     found = crossover.find_crossover(CPU, 64, False, 0.2, 0)
-    assert (found.length, found.rows) == (4096, 16)
+    assert found.starts == ((4096, 16, 0),)
     assert found.pays(16, 4096, 4096)
     assert not found.pays(16, 4095, 4095)
     # A quarter of the heads: as many pairs at twice the length.
@@ -163,6 +165,36 @@ def test_smaller_grids_need_longer_calls(made):
     assert found.pays(16, 1024, 16384)
 
 
+def test_more_heads_earn_what_was_measured_with_them(made):
+    many = {"batch": 16, "heads": 16}
+    made([*POINTS, point(512, 0.0, **many), point(1024, 0.2, **many), point(4096, 0.6, **many)])
+    found = crossover.find_crossover(CPU, 64, False, 0.2, 0)
+    assert found.starts == ((4096, 16, 0), (1024, 256, 256))
+    assert found.pays(256, 1024, 1024)
+    assert found.pays(300, 1024, 1024)
+    assert not found.pays(256, 1023, 1023)
+    assert not found.pays(256, 512, 2047)  # a chunk of queries needs as many pairs
+    assert found.pays(256, 512, 2048)
+    # As much work as 256 heads of 1024 tokens, in fewer heads: measured with 16 only.
+    assert not found.pays(255, 4095, 4095)
+    assert not found.pays(16, 4095, 4095)
+    assert found.pays(255, 4096, 4096)
+    assert "4096 keys on, with as many queries and 16 heads over the batch, at density 0.20, or " \
+        "from 1024 keys on, with as many queries and 256 heads" in found.reason  # fmt: skip
+    # Where few heads never pay, many may.
+    made([point(4096, 0.0), point(1024, 0.2, **many)])
+    assert crossover.find_crossover(CPU, 64, False, 0.2, 0).starts == ((1024, 256, 256),)
+    faster = "faster than dense attention without the mask up to density 0.20"
+    assert faster in crossover.compare_with_dense(CPU, 64, False, 256, 1024, 1024)
+    assert "would be faster" in crossover.compare_with_dense(CPU, 64, False, 16, 8192, 8192)
+
+
+def test_a_number_of_heads_counts_where_both_neighbours_of_a_head_dim_were_measured():
+    many = [point(1024, 0.5, batch=16, heads=16), point(4096, 0.3, head_dim=128)]
+    assert [c.rows for c in crossover.make_curves([*POINTS, *many], "sm90", 96, False)] == [16]
+    assert [c.rows for c in crossover.make_curves([*POINTS, *many], "sm90", 64, False)] == [16, 256]
+
+
 def test_reasons(made):
     made(POINTS, arch="sm100")
     reason = crossover.find_crossover(CPU, 64, False, 0.1, 409.6).reason
@@ -171,7 +203,7 @@ def test_reasons(made):
         "batch, at density 0.20 (measured on sm90, nearest to sm100, head_dim 64, not causal)"
     )
     never = crossover.find_crossover(CPU, 64, False, 0.7, 0)
-    assert never.length is None
+    assert never.starts == ()
     assert not never.pays(10**4, 10**6, 10**6)
     assert never.reason.startswith("sparse attention is not known to pay at density 0.70 (meas")
 
@@ -228,7 +260,7 @@ def test_auto_never_takes_the_slower_at_a_measured_point(budget, monkeypatch):
                 continue
             ran_sparse += 1
             kept, blocks = expected_blocks(config, is_causal)
-            line = crossover.make_curve(
+            (line,) = crossover.make_curves(
                 [measured], measured["arch"], measured["head_dim"], is_causal
             )
             sparse_ms = milliseconds(

@@ -178,6 +178,7 @@ def test_as_a_part_of_the_package(case, monkeypatch):
     from test_attention import check_entropies, check_entropy_gradients
 
     monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(ops, "SMALL_NARROW", 0)
     query, key, value = case.build("cuda").inputs
     geometry = (case.block_size, case.is_causal, 0, case.head_dim**-0.5)
     assert ops.forward_kernel(query, key, value, *geometry, entropy=True)[0] == ops.HOPPER

@@ -26,6 +26,7 @@ from entropy_attn.benchmarks.timing import measure
 DATA_FILE = "crossover.json"
 DENSE = ("SDPA flash", "SDPA cuDNN")
 INPUT_SETS = 2
+MANY = 16  # sequences, as a vision transformer has: launches cost less where a GPU is full
 SCORER = ea.SparsityConfig().scorer  # what users get
 
 
@@ -34,9 +35,12 @@ def cases(form: str) -> tuple[list[AttentionCase], tuple[float, ...]]:
     if form == "small":
         case = AttentionCase(64, 256, block=32, batch=1, heads=2, dtype="float32", is_causal=True)
         return [case, replace(case, length=512)], (0.25, 0.5)
-    lengths = (512, 1024, 2048, 4096, 8192, 16384, 32768) if form == "full" else (2048, 8192)
+    batches = {1: (512, 1024, 2048, 4096, 8192, 16384, 32768), MANY: (512, 1024, 2048)}
+    if form == "quick":
+        batches = {1: (2048, 8192), MANY: (1024,)}
     return [
-        AttentionCase(head_dim, length, block=64, batch=1, is_causal=is_causal)
+        AttentionCase(head_dim, length, block=64, batch=batch, is_causal=is_causal)
+        for batch, lengths in batches.items()
         for length in lengths
         for head_dim in (64, 128)
         for is_causal in (True, False)

@@ -1,8 +1,9 @@
 """Cost of choosing blocks: selection and mask building as a share of the attention they serve.
 
-``select`` is the whole of `ea.select_blocks`, ``score`` and ``keep`` are its two steps (predicting
-the mass of every tile, turning it into block lists). The share is of the time of sparse attention
-at a density of 0.2 in the same interleaved run.
+``select`` is the whole of `ea.select_blocks`; ``pool``, ``score`` and ``keep`` are its steps:
+groups of tokens, the mass of every tile predicted from them (pooling included), and block lists
+from masses. ``copy`` moves as many bytes as queries and keys have, the least that pooling can take.
+The share is of the time of sparse attention at a density of 0.2 in the same interleaved run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import Tensor
 
 import entropy_attn as ea
@@ -19,18 +21,23 @@ from entropy_attn.benchmarks.environment import sm_clock_mhz
 from entropy_attn.benchmarks.registry import Context, Row, short
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.selection import keep_blocks
+from entropy_attn.selection.geometry import Geometry, make_geometry
+from entropy_attn.selection.scorers import GroupScorer, Pooled
 from entropy_attn.testing import assert_close_to_reference
 
 DENSITY = 0.2
 INPUT_SETS = 3
-ATTENTION = "attention"
+ATTENTION, COPY = "attention", "copy"
 SCORERS = (ea.Pooled(8), ea.Envelope(8), ea.Envelope(16), ea.Antidiagonal(16))
+# All of them with the default scorer, else the first: what a budget takes depends on no scorer.
 BUDGETS = (ea.TopK(DENSITY), ea.TopP(0.95), ea.Perplexity(1.0))
+DEFAULT = ea.SparsityConfig().scorer
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something that is timed: kind "select", "score" or "keep", of a scorer and a budget."""
+    """Something that is timed: kind "select", "pool", "score" or "keep", of a scorer and a budget,
+    "copy" or "attention"."""
 
     kind: str
     scorer: Callable[..., Tensor] | None = None
@@ -67,9 +74,11 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
             wrong[scorer] = problem
             continue
         masses = [_score(scorer, inputs) for inputs in sets]
-        calls[Step("score", scorer)] = [_bind(_score, scorer, inputs) for inputs in sets]
-        for budget in BUDGETS:
-            if scorer == SCORERS[0]:
+        calls[Step("score", scorer)] = [_bind(_masses, scorer, inputs) for inputs in sets]
+        if isinstance(scorer, Pooled):
+            calls[Step("pool", scorer)] = [_bind(_pool, scorer, inputs) for inputs in sets]
+        for budget in BUDGETS if scorer == DEFAULT else BUDGETS[:1]:
+            if scorer == DEFAULT:
                 calls[Step("keep", None, budget)] = [
                     _bind(_keep, mass, budget, case) for mass in masses
                 ]
@@ -78,6 +87,7 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
             ]
     attention = Step(ATTENTION)
     calls[attention] = [_attention(inputs) for inputs in sets]
+    calls[Step(COPY)] = [_copy(inputs) for inputs in sets]
 
     seconds = {"full": 1.0, "quick": 0.3, "small": 0.05}[context.form]
     names = {str(step): step for step in calls}
@@ -87,16 +97,19 @@ def _run_case(context: Context, case: AttentionCase) -> Iterator[Row]:
     attention_ms = timings[str(attention)].median_ms
     shared = {"attention_ms": attention_ms, "sm_clock_mhz": sm_clock_mhz()}
     shared["backend"] = our_backend(context.device)
+    shared["copy_ms"] = timings[COPY].median_ms
     for name, step in names.items():
         timing = timings[name]
         result = {"status": "ok", **timing.as_dict(), **shared}
         text = f"{_name(case)} | {name}: {timing.median_ms:.3f} ms"
-        if step.kind != ATTENTION:
+        if step.kind not in (ATTENTION, COPY):
             result["share"] = timing.median_ms / attention_ms
             text += f", {result['share']:.1%} of the attention"
         if step.kind == "select":
             mask = _select(step.scorer, step.budget, sets[0])
             result["density"] = float(mask.density(is_causal=case.is_causal))
+            pool = str(Step("pool", step.scorer))
+            result["pool_ms"] = timings[pool].median_ms if pool in timings else None
         yield Row(_config(context, case, step), result, text, is_ours=True)
     for scorer, reason in wrong.items():
         step = Step("score", scorer)
@@ -138,6 +151,32 @@ def _score(scorer, inputs: Inputs, query: Tensor | None = None, backend: str | N
         window=None,
         backend=backend or our_backend(inputs.device),
     )
+
+
+def _masses(scorer: GroupScorer, inputs: Inputs):
+    """As the selection takes them: not normalised, which `_score` does on top."""
+    scale, backend = inputs.case.head_dim**-0.5, our_backend(inputs.device)
+    geometry = _geometry(inputs)
+    score = scorer.tile_scores(inputs.query, inputs.key, geometry, scale, backend)
+    return score(0, geometry.q_tiles)
+
+
+def _pool(scorer: Pooled, inputs: Inputs):
+    backend = our_backend(inputs.device)
+    return scorer.groups(inputs.query, inputs.key, _geometry(inputs), backend)
+
+
+def _geometry(inputs: Inputs) -> Geometry:
+    case = inputs.case
+    blocks = (case.block, case.block)
+    return make_geometry(inputs.query, inputs.key, blocks, case.is_causal, None, None, None)
+
+
+def _copy(inputs: Inputs) -> Callable[[], object]:
+    half = torch.empty((inputs.query.nbytes + inputs.key.nbytes) // 2, dtype=torch.uint8,
+                       device=inputs.device)  # fmt: skip
+    target = torch.empty_like(half)
+    return lambda: target.copy_(half)  # reads a half and writes a half
 
 
 def _keep(mass: Tensor, budget, case: AttentionCase):

@@ -12,7 +12,8 @@ dense gets the benefit of the doubt, since it is never wrong:
 - A head_dim between two measured ones takes the worse of both at every length.
 - What a call costs besides its products (launches, choosing) weighs more the fewer there are. So
   fewer heads over the batch than were measured, fewer queries than keys, or narrower heads need a
-  length that makes as many products. More of them earn nothing.
+  length that makes as many products. More heads earn what was measured with more of them, and
+  nothing between: what many heads earn says nothing about fewer ones.
 """
 
 from __future__ import annotations
@@ -85,30 +86,35 @@ class Crossover:
     """From where on sparse attention pays, for one kind of call.
 
     Attributes:
-        length: of queries and keys, in tokens; None if dense was faster at every length.
-        rows: heads over the whole batch for which ``length`` holds; fewer need more tokens.
+        starts: (length, rows, least_rows) for each number of heads that was measured and with
+            which sparse attention pays: from ``length`` tokens of queries and keys on, with
+            ``rows`` heads over the whole batch. Fewer heads need more tokens, and at least
+            ``least_rows`` it takes.
         reason: why a call that does not pay runs dense. It names no size of the call, so that
             calls can be counted by it, and torch.compile can trace it with dynamic sizes.
     """
 
-    length: int | None
-    rows: int
+    starts: tuple[tuple[int, int, int], ...]
     reason: str
 
     def pays(self, rows: int, q_len: int, kv_len: int) -> bool:
-        return beats_dense(self.length, self.rows, rows, q_len, kv_len)
+        return beats_dense(self.starts, rows, q_len, kv_len)
 
 
-def beats_dense(length: int | None, measured_rows: int, rows: int, q_len: int, kv_len: int) -> bool:
+def beats_dense(
+    starts: tuple[tuple[int, int, int], ...], rows: int, q_len: int, kv_len: int
+) -> bool:
     """Whether sparse attention is expected to beat dense in a call. Its sizes may be symbolic.
 
     Args:
-        length, measured_rows: of a `Crossover`.
+        starts: of a `Crossover`.
         rows: heads over the whole batch.
     """
-    if length is None:
-        return False
-    return work(rows, q_len, kv_len, measured_rows) >= measured_rows * length**2
+    for length, measured_rows, least_rows in starts:
+        enough = measured_rows * length**2
+        if rows >= least_rows and work(rows, q_len, kv_len, measured_rows) >= enough:
+            return True
+    return False
 
 
 def work(rows: int, q_len: int, kv_len: int, most_rows: int) -> int:
@@ -132,18 +138,25 @@ def find_crossover(
 def _find_crossover(
     arch: str, head_dim: int, is_causal: bool, share: float, always_kept: float
 ) -> Crossover | None:
-    curve = make_curve(measured(), arch, head_dim, is_causal)
-    if curve is None:
+    curves = make_curves(measured(), arch, head_dim, is_causal)
+    if not curves:
         return None
-    length = curve.shortest(share, always_kept)
-    if length is None:
-        density = curve.density(curve.lengths[-1], share, always_kept)
-        found = f"sparse attention is not known to pay at density {density:.2f}"
-        return Crossover(None, curve.rows, f"{found} ({curve.source})")
-    density = curve.density(length, share, always_kept)
-    found = f"sparse attention pays from {length} keys on, with as many queries and {curve.rows} "
-    found += f"heads over the batch, at density {density:.2f}"
-    return Crossover(length, curve.rows, f"{found} ({curve.source})")
+    starts, found = [], []
+    for curve in curves:
+        length = curve.shortest(share, always_kept)
+        if length is not None:
+            starts.append((length, curve.rows, 0 if curve is curves[0] else curve.rows))
+            density = curve.density(length, share, always_kept)
+            found.append(f"{length} keys on, with as many queries and {curve.rows} heads over the "
+                         f"batch, at density {density:.2f}")  # fmt: skip
+    source = curves[0].source
+    if not starts:
+        density = max(c.density(c.lengths[-1], share, always_kept) for c in curves)
+        never = f"sparse attention is not known to pay at density {density:.2f}"
+        return Crossover((), f"{never} ({source})")
+    return Crossover(
+        tuple(starts), f"sparse attention pays from {', or from '.join(found)} ({source})"
+    )
 
 
 def compare_with_dense(
@@ -153,51 +166,61 @@ def compare_with_dense(
 
     None where nothing was measured.
     """
-    curve = make_curve(measured(), architecture(device), head_dim, is_causal)
-    if curve is None:
+    curves = make_curves(measured(), architecture(device), head_dim, is_causal)
+    if not curves:
         return None
     # The square call in as many heads as were measured that has as much work.
-    length = math.sqrt(work(rows, q_len, kv_len, curve.rows) / curve.rows)
-    density = curve.break_even(length)
+    density = max(
+        curve.break_even(math.sqrt(work(rows, q_len, kv_len, curve.rows) / curve.rows))
+        for curve in curves
+        if curve is curves[0] or curve.rows <= rows
+    )
+    source = curves[0].source
     if density == 0:
-        return f"dense attention without the mask would be faster at this size ({curve.source})"
+        return f"dense attention without the mask would be faster at this size ({source})"
     faster = f"faster than dense attention without the mask up to density {density:.2f}"
-    return f"{faster} at this size ({curve.source})"
+    return f"{faster} at this size ({source})"
 
 
-def make_curve(
+def make_curves(
     points: Sequence[dict[str, Any]], arch: str, head_dim: int, is_causal: bool
-) -> Curve | None:
-    """The curve for one kind of call from measured points, or None if no point says anything."""
+) -> tuple[Curve, ...]:
+    """The curves for one kind of call from measured points, one for each number of heads over the
+    batch, the fewest first; none if no point says anything."""
     points = [p for p in points if p["is_causal"] == is_causal]
     nearest = _nearest_architecture(arch, {p["arch"] for p in points})
     points = [p for p in points if p["arch"] == nearest]
     if not points:
-        return None
+        return ()
     dims = sorted({p["head_dim"] for p in points})
     below, above = [d for d in dims if d <= head_dim], [d for d in dims if d >= head_dim]
     used = sorted({*below[-1:], *above[:1]})
-    points = [p for p in points if p["head_dim"] in used]
+    source = (
+        f"measured on {nearest}{_instead_of(arch, nearest)}, head_dim "
+        + " and ".join(map(str, used))
+        + _instead_of(head_dim, *used)
+        + (", causal" if is_causal else ", not causal")
+    )
+    # More rows make up for narrower heads: as many products.
+    narrower = max(1.0, used[0] / head_dim)
+    curves = []
+    for rows in sorted({p["batch"] * p["heads"] for p in points if p["head_dim"] in used}):
+        mine = [p for p in points if p["batch"] * p["heads"] == rows and p["head_dim"] in used]
+        if {p["head_dim"] for p in mine} == set(used):
+            lengths, densities = _rising(mine)
+            curves.append(Curve(lengths, densities, math.ceil(rows * narrower), is_causal, source))
+    return tuple(curves)
 
+
+def _rising(points: Sequence[dict[str, Any]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Lengths, and the least break-even density at each and beyond."""
     at: dict[int, float] = {}
     for point in points:
         worst = at.get(point["kv_len"], 1.0)
         at[point["kv_len"]] = min(worst, point["break_even_density"])
     lengths = sorted(at)
     rising = [*accumulate((at[n] for n in reversed(lengths)), min)][::-1]
-    # More rows make up for narrower heads: as many products.
-    narrower = max(1.0, used[0] / head_dim)
-    rows = max(p["batch"] * p["heads"] for p in points)
-    return Curve(
-        tuple(lengths),
-        tuple(rising),
-        math.ceil(rows * narrower),
-        is_causal,
-        f"measured on {nearest}{_instead_of(arch, nearest)}, head_dim "
-        + " and ".join(map(str, used))
-        + _instead_of(head_dim, *used)
-        + (", causal" if is_causal else ", not causal"),
-    )
+    return tuple(lengths), tuple(rising)
 
 
 def _instead_of(wanted: object, *used: object) -> str:
