@@ -50,6 +50,7 @@ class Context:
         share: of the runs, in suites whose runs are shared between processes.
         measures_cpu: the suite measures the CPU, which has no small form then.
         is_measured: whether a part of a record's config is to be left out, as it was measured.
+        only: texts; a case is run if its name has one of them. None of them runs all cases.
     """
 
     device: torch.device
@@ -59,6 +60,7 @@ class Context:
     share: Share = Share()
     measures_cpu: bool = False
     is_measured: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+    only: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
@@ -77,7 +79,7 @@ class Context:
         config_of: Callable[[Case], dict[str, Any]] = asdict,
         contestants: Iterable[str] = (),
     ) -> list[Case]:
-        """The cases that are to be run: all but those that were measured.
+        """The cases that are to be run: those that were asked for and not measured yet.
 
         Args:
             config_of: what the records of a case share in their configs, besides the form.
@@ -89,7 +91,11 @@ class Context:
             shared = {"form": self.form, **config_of(case)}
             return not all(self.is_measured({**shared, **name}) for name in names)
 
-        return [case for case in cases if is_left(case)]
+        return [case for case in cases if self._is_wanted(case) and is_left(case)]
+
+    def _is_wanted(self, case: object) -> bool:
+        name = getattr(case, "name", str(case))
+        return not self.only or any(text in name for text in self.only)
 
 
 def short(choice: Any) -> str:

@@ -69,6 +69,10 @@ def bench(
         bool,
         typer.Option("--resume", help="Leave out what this commit has measured on this machine."),
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A part of the names of the cases to run; may be given several times."),
+    ] = None,
     plugin: Annotated[
         list[Path] | None,
         typer.Option(
@@ -108,7 +112,8 @@ def bench(
         console.print(f"[yellow]--resume leaves nothing out: {why_not()}[/]")
     before = [r for name in names for r in store.load(name)] if against is not None else []
     old = [] if against is None else _chosen(before, against)
-    failures = sum(_run_suite(name, quick, store, part, resume) for name in names)
+    chosen = tuple(only or ())
+    failures = sum(_run_suite(name, quick, store, part, resume, chosen) for name in names)
     console.print(f"records: {store.directory}")
     if against is not None:
         known = Counter(r.suite for r in before)
@@ -239,22 +244,25 @@ def _show_changes(old: list, new: list) -> int:
     return sum(change.is_ours and change.verdict == "worse" for change in changes)
 
 
-def _run_suite(name: str, quick: bool, store, share, resume: bool) -> int:
+def _run_suite(name: str, quick: bool, store, share, resume: bool, only: tuple[str, ...]) -> int:
     """Run one suite; returns how many measurements of this package are wrong or failed."""
     from entropy_attn.benchmarks.model import ModelNotFound
     from entropy_attn.benchmarks.registry import SUITES, Context
     from entropy_attn.benchmarks.resume import measured
     from entropy_attn.benchmarks.store import Record
 
-    failures = 0
+    failures = rows = 0
     with _progress() as progress:
         cpu = SUITES[name].measures_cpu
         done = {"is_measured": measured(store, name)} if resume else {}
-        context = Context(_device(), quick, store.directory, progress, share, cpu, **done)
+        context = Context(
+            _device(), quick, store.directory, progress, share, cpu, only=only, **done
+        )
         if context.form == "small":
             console.print(f"[yellow]{name}: no GPU, so this is the small form[/]")
         try:
             for row in SUITES[name].run(context):
+                rows += 1
                 status = row.result["status"]
                 # An absent contestant is no measurement and must not hide an older one.
                 if status != "unavailable":
@@ -265,6 +273,11 @@ def _run_suite(name: str, quick: bool, store, share, resume: bool) -> int:
         except (ImportError, ModelNotFound) as error:  # of "all", the other suites can still run
             console.print(f"[red]{name} needs more than is here: {escape(str(error))}[/]")
             failures += 1
+            return failures
+    if only and not rows:
+        left = " that is left to measure" if resume else ""
+        console.print(f"[yellow]{name}: no case{left} has {' or '.join(map(repr, only))} in its "
+                      "name[/]", highlight=False)  # fmt: skip
     return failures
 
 

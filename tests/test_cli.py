@@ -172,6 +172,9 @@ def test_a_suite_goes_on_where_it_was_cut_off(invoke, cases, sources, tmp_path):
     assert "left: [2, 3]" in invoke(*run, "--resume").output
     assert "left: []" in invoke(*run, "--resume").output
     assert "left: [1, 2, 3]" in invoke(*run).output
+    assert "left: [1, 3]" in invoke(*run, "--only", "3", "--only", "1").output
+    nothing = invoke(*run, "--resume", "--only", "1")
+    assert "no case that is left to measure has '1' in its name" in nothing.output
 
 
 @pytest.mark.parametrize(("commit", "dirty"), [("abc", True), (None, None)])
