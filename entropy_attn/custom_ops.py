@@ -27,8 +27,8 @@ _libraries: dict[str, Library] = {}
 class CustomOp:
     """An op of plain tensors and numbers; torch.compile takes it as a whole.
 
-    Without `register_autograd` a backward through it only warns, and stops there: call
-    `refuse_gradients` for ops whose output can meet a backward.
+    An op without `register_autograd` is not hidden from autograd: its callers detach tensors that
+    need gradients or check that there are none. Where they do neither, call `refuse_gradients`.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -60,7 +60,7 @@ class CustomOp:
         )
 
     def refuse_gradients(self) -> None:
-        """Let a backward through the op raise."""
+        """A backward through the op raises."""
 
         def backward(ctx: Any, *grads: Any) -> None:
             raise RuntimeError(f"there is no backward through {self._name}")
