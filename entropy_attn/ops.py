@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from entropy_attn.custom_ops import custom_op
 from entropy_attn.reference import attention as reference
 
 # The forward kernels of the Triton backend.
@@ -117,7 +118,7 @@ def backward_kernel(
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 
 
-@torch.library.custom_op("entropy_attn::attention_forward", mutates_args=())
+@custom_op("attention_forward")
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -207,7 +208,7 @@ def _(
     return out, lse, row, block, tile, mass
 
 
-@torch.library.custom_op("entropy_attn::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -298,6 +299,9 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(value_shape)
 
 
+attention_backward.refuse_gradients()
+
+
 def _save_for_backward(ctx, inputs, output):
     query, key, value, *lists = inputs[:7]
     out, lse, row, block, tile, mass = output
@@ -328,7 +332,7 @@ def _backward(ctx, grad_out, *grads):
 attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("entropy_attn::tile_mass", mutates_args=())
+@custom_op("tile_mass")
 def tile_mass(
     query: Tensor,
     key: Tensor,
@@ -368,7 +372,7 @@ def _(
     return query.new_empty(mass, dtype=dtype), query.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("entropy_attn::paged_forward", mutates_args=())
+@custom_op("paged_forward")
 def paged_forward(
     query: Tensor,
     key_pages: Tensor,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import LENGTHS, device_of, padded_head_dim
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, device_of, padded_head_dim
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -109,7 +109,7 @@ def row_statistics(
     head_dim = 16 if grad_out is None else out.shape[3]
     block_m = 128 if head_dim <= 128 else 64
     padding = max(block_q, block_m)
-    padded_len = triton.cdiv(q_len, padding) * padding
+    padded_len = ceil_div(q_len, padding) * padding
     per_head = 2 + (grad_row is not None) + (grad_block is not None)
     statistics = lse.new_empty((batch, heads, per_head, padded_len))
     if statistics.numel() == 0:

@@ -25,6 +25,7 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     architecture,
+    ceil_div,
     device_of,
     dot_precision,
     has_copy_engine,
@@ -540,7 +541,7 @@ def block_sparse_backward(
     padded_len = statistics.shape[-1]
     row_terms, column_terms = terms if terms is not None else (None, None)
     terms_a_row = 0 if row_terms is None else row_terms.shape[-1]
-    terms_a_head = triton.cdiv(q_len, block_size[0]) * terms_a_row
+    terms_a_head = ceil_div(q_len, block_size[0]) * terms_a_row
     may_cut = kv_lens is not None or kv_len % block_size[1] != 0
     shared = dict(
         HEAD_DIM=head_dim,
@@ -575,7 +576,7 @@ def block_sparse_backward(
             None if grad_out is None else tile_descriptor(value, config.query_block_n),
         )
     with device_of(query):
-        kv_tiles = triton.cdiv(kv_len, config.key_block_n)
+        kv_tiles = ceil_div(kv_len, config.key_block_n)
         _key_value_kernel[(kv_tiles * batch * kv_heads,)](
             query_side[0], key, value, *query_side[1:], column_terms, grad_key, grad_value,
             offsets, rows, kv_lens, q_lens, *strides, grad_key.stride(),
@@ -586,7 +587,7 @@ def block_sparse_backward(
             MASK_ROWS=q_len % block_size[0] != 0, MAY_CUT=block_entropy and may_cut,
             num_warps=config.key_warps, num_stages=config.key_stages, **shared,
         )  # fmt: skip
-        q_tiles = triton.cdiv(q_len, config.query_block_m)
+        q_tiles = ceil_div(q_len, config.query_block_m)
         _query_kernel[(q_tiles * batch * heads,)](
             query, *key_side, grad_out, statistics, row_terms, grad_query,
             counts, indices, kv_lens, q_lens, *strides, grad_query.stride(),

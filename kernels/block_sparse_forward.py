@@ -24,6 +24,7 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     architecture,
+    ceil_div,
     device_of,
     dot_precision,
     exponent_scale,
@@ -332,7 +333,7 @@ def block_sparse_forward(
         entropy=row_entropy or block_entropy,
         copy_engine=has_copy_engine(arch, key, value),
     )
-    q_tiles = triton.cdiv(q_len, config.block_m)
+    q_tiles = ceil_div(q_len, config.block_m)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     sources = key, value
     if config.descriptors:

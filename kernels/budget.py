@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import device_of
+from entropy_attn.kernels.launch import ceil_div, device_of, next_power_of_2
 from entropy_attn.kernels.primitives import valid_length
 
 # Arguments that vary from call to call: a new length must not compile the kernel again. kv_blocks
@@ -235,11 +235,11 @@ def keep_tiles(
         return counts.zero_(), indices
     mass = mass.contiguous()
     resident = kv_blocks <= LONGEST_RESIDENT
-    chunk = triton.next_power_of_2(kv_blocks) if resident else LONGEST_RESIDENT
+    chunk = next_power_of_2(kv_blocks) if resident else LONGEST_RESIDENT
     rows = max(1, min(16, MASSES_A_WARP // chunk))  # each row has counts of its own in registers
     total = counts.numel()
     with device_of(mass):
-        _keep_kernel[(triton.cdiv(total, rows),)](
+        _keep_kernel[(ceil_div(total, rows),)](
             mass, counts, indices, q_lens, kv_lens,
             heads, q_len, kv_len, kv_blocks, first_tile, tiles, total, width, window, sink, local,
             amount, min_blocks, max_density,

@@ -28,6 +28,7 @@ from entropy_attn.kernels.launch import (
     dot_precision,
     exponent_scale,
     list_strides,
+    next_power_of_2,
     padded_head_dim,
 )
 from entropy_attn.kernels.primitives import (
@@ -300,7 +301,7 @@ def split_forward(
             *list_strides(counts, indices),
             heads, group, pack, sharing, splits, q_len, kv_len, window, exponent_scale(scale),
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-            BLOCK_M=max(16, triton.next_power_of_2(pack * q_len)), BLOCK_N=config.block_n,
+            BLOCK_M=max(16, next_power_of_2(pack * q_len)), BLOCK_N=config.block_n,
             PAGE=page, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
             MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
             HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
@@ -309,7 +310,7 @@ def split_forward(
         )  # fmt: skip
         _combine_kernel[(batch * heads * q_len,)](
             partial, partial_lse, out, lse, out.stride(), heads, q_len, splits,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=triton.next_power_of_2(splits), CHUNK=16,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, SPLITS=next_power_of_2(splits), CHUNK=16,
             num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    ceil_div,
     device_of,
     fp32_dot_precision,
     padded_head_dim,
@@ -280,7 +281,7 @@ def halfspace_mass(
     config = config or default_config(dim, precision)
     if batch * n == 0:
         return offsets.new_zeros(outer, inner, 1 << planes)
-    tiles = triton.cdiv(n, config.block_m)
+    tiles = ceil_div(n, config.block_m)
     splits, share = split_rows(tiles, batch)
     shape = (outer, inner, splits, 1 << planes)
     sums = torch.empty(shape, dtype=torch.float32, device=points.device)
@@ -327,8 +328,8 @@ def halfspace_gradients(
         shape = normals.shape if need_planes else (0,)
         zeros = (expected.new_zeros(size) for size in (shape, shape[:3], shape[:2]))
         return point_grad, *zeros, expected
-    tiles = triton.cdiv(n, config.block_m)
-    parts = triton.cdiv(dim, config.block_out) if need_points or need_planes else 1
+    tiles = ceil_div(n, config.block_m)
+    parts = ceil_div(dim, config.block_out) if need_points or need_planes else 1
     splits, share = split_rows(tiles, batch * parts)
     sums = (outer, inner, splits, planes)
     product = expected.new_empty((*sums, dim) if need_planes else (0,))

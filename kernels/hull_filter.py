@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import device_of, split_rows
+from entropy_attn.kernels.launch import ceil_div, device_of, next_power_of_2, split_rows
 
 ROWS = 64  # points of a tile, in the search for extremes
 SEARCHERS = 128  # programs in the search
@@ -407,8 +407,8 @@ def _polytope(points: Tensor, directions: Tensor, step: int) -> tuple[Tensor, Te
     """Of every ``step``-th point: frame (B, 3, 2), planes (B, 5, CAPACITY), their number (B,)."""
     batch, total, dim = points.shape
     count = len(directions)
-    sampled = triton.cdiv(total, step)
-    tiles = triton.cdiv(sampled, ROWS)
+    sampled = ceil_div(total, step)
+    tiles = ceil_div(sampled, ROWS)
     splits, share = split_rows(tiles, batch, SEARCHERS)
     reach = directions.new_empty(batch, splits, count)
     rows = torch.empty_like(reach, dtype=torch.int32)
@@ -424,7 +424,7 @@ def _polytope(points: Tensor, directions: Tensor, step: int) -> tuple[Tensor, Te
     parts = min(PARTS[dim], count)
     _facet_kernel[(batch * parts * (count if dim == 3 else 1),)](
         points, reach, rows, frame, vertices, planes, found, *points.stride(), splits,
-        SPLITS=triton.next_power_of_2(splits), DIM=dim, COUNT=count, PARTS=parts,
+        SPLITS=next_power_of_2(splits), DIM=dim, COUNT=count, PARTS=parts,
         CAPACITY=CAPACITY, WORK=_name(work), num_warps=8,
     )  # fmt: skip
     return frame, planes, found
@@ -433,9 +433,9 @@ def _polytope(points: Tensor, directions: Tensor, step: int) -> tuple[Tensor, Te
 def _sieve(points: Tensor, frame: Tensor, planes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """(runs, run) places in each run of what is kept, and (runs,) their number."""
     batch, total, dim = points.shape
-    tiles = triton.cdiv(total, TILE)
+    tiles = ceil_div(total, TILE)
     share = min(split_rows(tiles, batch, SIEVES)[1], RUN // TILE)
-    splits = triton.cdiv(tiles, share)
+    splits = ceil_div(tiles, share)
     place = torch.empty(batch * splits, share * TILE, dtype=torch.int16, device=points.device)
     kept = torch.empty(batch * splits, dtype=torch.int64, device=points.device)
     # Of one batch row the stride is not used; 0 tells the compiler that its start is aligned.

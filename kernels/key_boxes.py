@@ -24,9 +24,11 @@ from torch import Tensor
 
 from entropy_attn.kernels.launch import (
     LENGTHS,
+    ceil_div,
     device_of,
     dot_precision,
     exponent_scale,
+    next_power_of_2,
     padded_head_dim,
 )
 from entropy_attn.kernels.primitives import NO_SCORE, head_base, load_tile, valid_keys, valid_length
@@ -220,21 +222,21 @@ def choose_blocks(
     """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
-    blocks, group = triton.cdiv(kv_len, block), heads // kv_heads
+    blocks, group = ceil_div(kv_len, block), heads // kv_heads
     rows = group * q_len
     bounds = query.new_empty((batch, kv_heads, rows, blocks), dtype=torch.float32)
     counts = fresh.new_empty((batch, kv_heads, 1))
     indices = fresh.new_empty((batch, kv_heads, 1, width))
-    cols, block_d = max(16, triton.next_power_of_2(blocks)), padded_head_dim(head_dim)
+    cols, block_d = max(16, next_power_of_2(blocks)), padded_head_dim(head_dim)
     tile = max(16, min(64, TILE_BYTES // (block_d * key.element_size())))
     with device_of(query):
-        _bound_kernel[(batch * kv_heads, triton.cdiv(blocks, tile))](
+        _bound_kernel[(batch * kv_heads, ceil_div(blocks, tile))](
             query, key, boxes, bounds, fresh, valid, kv_lens,
             query.stride(), key.stride(), *boxes.stride()[:2],
             0 if valid is None else valid.stride(0),
             kv_heads, group, rows, q_len, kv_len, blocks, exponent_scale(scale),
             BLOCK_K=block, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            ROWS=max(16, min(MOST_ROWS, triton.next_power_of_2(rows))), COLS=tile,
+            ROWS=max(16, min(MOST_ROWS, next_power_of_2(rows))), COLS=tile,
             STEP=min(tile, block),
             HAS_VALID=valid is not None, HAS_KV_LENS=kv_lens is not None,
             PRECISION=dot_precision(query.dtype), num_warps=4,

@@ -97,6 +97,16 @@ def row_descriptor(tensor: Tensor, length: int) -> Any:
     return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [1, length])
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels and takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, 0 for 0; as Triton's own, which is slow on the host too."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The next power of two, at least 16: what a tile holds."""
     return max(16, 1 << (head_dim - 1).bit_length())

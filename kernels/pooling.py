@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import device_of, padded_head_dim
+from entropy_attn.kernels.launch import ceil_div, device_of, padded_head_dim
 from entropy_attn.kernels.primitives import (
     head_base,
     load_tile,
@@ -171,15 +171,15 @@ def _pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
-    q_groups, kv_groups = triton.cdiv(q_len, pool), triton.cdiv(kv_len, pool)
+    q_groups, kv_groups = ceil_div(q_len, pool), ceil_div(kv_len, pool)
     query_out = query.new_empty(batch, q_heads, q_groups, head_dim)
     key_out = key.new_empty(batch, kv_heads, kv_groups, head_dim)
     shape = (0,) if spread is None else key_out.shape[:3]
     spreads = key.new_empty(shape, dtype=torch.float32)
     block_d = padded_head_dim(head_dim)
     rows = max(1, 4096 // (block_d * query.element_size()))  # 32 bytes a thread and token
-    query_programs = batch * q_heads * triton.cdiv(q_groups, rows)
-    programs = query_programs + batch * kv_heads * triton.cdiv(kv_groups, rows)
+    query_programs = batch * q_heads * ceil_div(q_groups, rows)
+    programs = query_programs + batch * kv_heads * ceil_div(kv_groups, rows)
     if programs == 0:
         return query_out, key_out, spreads
     with device_of(query):

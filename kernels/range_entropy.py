@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_attn.kernels.launch import (
     architecture,
     device_of,
+    next_power_of_2,
     padded_head_dim,
     split_rows,
     weight_strides,
@@ -192,7 +193,7 @@ def forward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConf
     Measured for sm_90 at d=64, k=64 and 256. Triton 3.6 compiles wider tiles to a trap for sm_100,
     and most others have less shared memory.
     """
-    padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
+    padded, cells = padded_head_dim(dim), max(16, next_power_of_2(k))
     part = min(padded, 64)
     common = {"fused": True, "fast": arch.startswith("sm")}
     if arch.startswith("gfx"):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from entropy_attn.kernels.launch import (
     architecture,
+    ceil_div,
     device_of,
+    next_power_of_2,
     padded_head_dim,
     split_rows,
     tile_descriptor,
@@ -357,7 +359,7 @@ def _cell_gradient_kernel(
 
 def backward_config(dim: int, k: int, dtype: torch.dtype, arch: str) -> RangeConfig:
     """Tiles whose three products and operands fit the registers, or nearly so."""
-    padded, cells = padded_head_dim(dim), max(16, triton.next_power_of_2(k))
+    padded, cells = padded_head_dim(dim), max(16, next_power_of_2(k))
     common = {"fused": True, "fast": arch.startswith("sm")}
     part = min(padded, 64)
     if arch.startswith("gfx"):
@@ -400,7 +402,7 @@ def range_gradients(
         return point_grad, anchors.new_zeros(shape), alpha.new_zeros(shape[:2]), weight_grad
     config = config or backward_config(dim, k, points.dtype, architecture(points.device))
     call = Call(points, anchors, alpha, weights, config)
-    parts = triton.cdiv(dim, config.block_out) if need_points or need_anchors else 1
+    parts = ceil_div(dim, config.block_out) if need_points or need_anchors else 1
     splits, share = split_rows(call.tiles, batch * call.chunks * parts, config.programs)
     anchor_grad = anchors.new_empty(anchors.shape if need_anchors else (0,))
     alpha_grad = alpha.new_empty((outer, inner) if need_anchors else (0,))

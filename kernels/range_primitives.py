@@ -45,7 +45,9 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import (
+    ceil_div,
     is_describable,
+    next_power_of_2,
     padded_head_dim,
     tile_descriptor,
     unexpanded,
@@ -437,8 +439,8 @@ class Call:
     ) -> None:
         outer, self.inner, self.n, self.dim = points.shape
         self.batch, self.k, self.config = outer * self.inner, anchors.shape[2], config
-        self.tiles = triton.cdiv(self.n, config.block_m)
-        self.chunks = triton.cdiv(self.k, config.block_n)
+        self.tiles = ceil_div(self.n, config.block_m)
+        self.chunks = ceil_div(self.k, config.block_n)
         self.k_padded = self.chunks * config.block_n
         self.anchors, self.weights = anchors, weights
         self.weight_sums = None if weights is None else weights.sum(-1)
@@ -489,7 +491,7 @@ class Call:
             self.stored, self.terms, self.norms, self.centre, self.unit,
             grad, mass, entropy, self.weight_sums, surprise, rate,
             self.stored.stride(), self.stored.shape[1], self.n, self.k, self.k_padded,
-            self.problems, ROWS=max(1, min(triton.next_power_of_2(self.k_padded), 8192 // padded)),
+            self.problems, ROWS=max(1, min(next_power_of_2(self.k_padded), 8192 // padded)),
             HAS_GRAD=has_grad, HAS_WEIGHTS=self.weights is not None, CELLS=step_of(self.k_padded),
             **self.form, num_warps=8,
         )  # fmt: skip
@@ -497,4 +499,4 @@ class Call:
 
 def step_of(k: int) -> int:
     """How many cells a step of a kernel takes that goes through all of them."""
-    return min(1024, max(16, triton.next_power_of_2(k)))
+    return min(1024, max(16, next_power_of_2(k)))

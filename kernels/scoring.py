@@ -31,9 +31,11 @@ from torch import Tensor
 
 from entropy_attn.kernels.launch import (
     architecture,
+    ceil_div,
     device_of,
     dot_precision,
     exponent_scale,
+    next_power_of_2,
     padded_head_dim,
 )
 from entropy_attn.kernels.primitives import (
@@ -393,7 +395,7 @@ def score_tiles(
     batch, heads, _, head_dim = query.shape
     block_q, block_k = block_size
     per_tile, per_block = block_q // group, block_k // group
-    kv_blocks = triton.cdiv(kv_len, block_k)
+    kv_blocks = ceil_div(kv_len, block_k)
     mass = torch.empty((batch, heads, tiles, kv_blocks), dtype=torch.float32, device=query.device)
     if mass.numel() == 0:
         return mass
@@ -402,10 +404,10 @@ def score_tiles(
         batch * heads, tiles * per_tile, per_tile, per_block, block_d, query.element_size(), taps
     )
     rows, cols = config.rows, config.cols
-    chunks = triton.cdiv(tiles * per_tile, rows)
+    chunks = ceil_div(tiles * per_tile, rows)
     programs = batch * heads * chunks
     chunk = MASSES_A_WARP * config.num_warps // (rows // per_tile)
-    partial_stride = triton.cdiv(kv_blocks, cols // per_block) * (cols // per_block)
+    partial_stride = ceil_div(kv_blocks, cols // per_block) * (cols // per_block)
     partial = mass.new_empty(programs, rows, partial_stride)
     lse = mass.new_empty(programs, rows)
     arch = architecture(query.device)
@@ -417,7 +419,7 @@ def score_tiles(
             q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
             exponent_scale(scale / taps),
             GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
-            CHUNK=min(chunk, triton.next_power_of_2(kv_blocks)), HEAD_DIM=head_dim, BLOCK_D=block_d,
+            CHUNK=min(chunk, next_power_of_2(kv_blocks)), HEAD_DIM=head_dim, BLOCK_D=block_d,
             IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
             HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
             PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),

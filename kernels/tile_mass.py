@@ -25,6 +25,7 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     architecture,
+    ceil_div,
     device_of,
     dot_precision,
     exponent_scale,
@@ -346,9 +347,9 @@ def tile_mass(
         nats; lse, None if it is neither given nor asked for.
     """
     by_slot = by_slot and return_mass and kv_indices is not None
-    kv_tiles = triton.cdiv(key.shape[2], block_size[1])
+    kv_tiles = ceil_div(key.shape[2], block_size[1])
     width = kv_indices.shape[3] if by_slot and kv_indices is not None else kv_tiles
-    shape = (*query.shape[:2], triton.cdiv(query.shape[2], block_size[0]))
+    shape = (*query.shape[:2], ceil_div(query.shape[2], block_size[0]))
     # Blocks that are not visited keep their 0.
     mass_shape = (*shape, width) if return_mass else (0,)
     mass = torch.zeros(mass_shape, dtype=torch.float32, device=query.device)
@@ -438,7 +439,7 @@ def _launch_arguments(
     config = config or tile_mass_config(
         architecture(query.device), head_dim, query.element_size(), block_size
     )
-    q_tiles = triton.cdiv(query.shape[2], block_size[0])
+    q_tiles = ceil_div(query.shape[2], block_size[0])
     sizes = (
         *list_strides(kv_num_blocks, kv_indices),
         query.shape[1], query.shape[1] // key.shape[1], query.shape[2], kv_len, q_tiles,

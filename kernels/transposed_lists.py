@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import adjacent_lists, device_of, list_strides
+from entropy_attn.kernels.launch import adjacent_lists, ceil_div, device_of, list_strides
 from entropy_attn.kernels.primitives import head_base, program_tile
 
 # Columns of a program: all bits of a word, or fewer where that would leave the GPU idle.
@@ -124,7 +124,7 @@ def is_faster_than_sort(indices: Tensor, num_columns: int) -> bool:
     1024 × 1024) what launching a sort does. So only larger problems whose lists have room for less
     than one block in 32 are left to the sort, and lists of more than 8192 rows.
     """
-    words = indices.shape[:3].numel() * triton.cdiv(num_columns, COLUMNS)
+    words = indices.shape[:3].numel() * ceil_div(num_columns, COLUMNS)
     return indices.shape[2] <= MOST_ROWS and words <= max(indices.numel(), FEW_WORDS)
 
 
@@ -155,9 +155,9 @@ def transpose_lists(
     if indices.numel() == 0 or num_columns == 0:
         return offsets.zero_(), rows, order
     counts, indices = adjacent_lists(counts, indices)
-    is_large = batch * heads * triton.cdiv(num_columns, COLUMNS) >= MANY_PROGRAMS
+    is_large = batch * heads * ceil_div(num_columns, COLUMNS) >= MANY_PROGRAMS
     columns = COLUMNS if is_large else FEWER_COLUMNS
-    tiles = triton.cdiv(num_columns, columns)
+    tiles = ceil_div(num_columns, columns)
     with device_of(indices):
         _transpose_kernel[(tiles * batch * heads,)](
             counts, indices, offsets, rows, order, *list_strides(counts, indices),

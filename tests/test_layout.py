@@ -27,6 +27,7 @@ HELPERS = (
     "entropy_attn.kernels.range_primitives",
 )  # fmt: skip
 PLAIN = ("entropy_attn.reference",)
+OP = ("entropy_attn.custom_ops",)
 MASKS = (
     "entropy_attn.masks", "entropy_attn.block_lists", "entropy_attn.mask_formats",
     "entropy_attn.mask_patterns", "entropy_attn.plotting",
@@ -57,12 +58,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.autocast": (),
     "entropy_attn.entropy": (),
     "entropy_attn.block_lists": (),
+    "entropy_attn.custom_ops": (),
     "entropy_attn.testing": PLAIN,
     "entropy_attn.backend": ("entropy_attn.backend", "entropy_attn.errors"),
-    "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *PLAIN),
-    "entropy_attn.selection.ops": ("entropy_attn.kernels", *PLAIN),
-    "entropy_attn.decoding.ops": ("entropy_attn.kernels", *PLAIN),
-    "entropy_attn.partition.ops": ("entropy_attn.kernels", *PLAIN),
+    "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *OP, *PLAIN),
+    "entropy_attn.selection.ops": ("entropy_attn.kernels", *OP, *PLAIN),
+    "entropy_attn.decoding.ops": ("entropy_attn.kernels", *OP, *PLAIN),
+    "entropy_attn.partition.ops": ("entropy_attn.kernels", *OP, *PLAIN),
     "entropy_attn.geometry": (
         "entropy_attn.geometry",
         "entropy_attn.backend",
@@ -72,7 +74,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "entropy_attn.geometry.ops": ("entropy_attn.geometry", "entropy_attn.kernels", *PLAIN),
     "entropy_attn.validation": (*MASKS, "entropy_attn.errors"),
-    "entropy_attn.integrations": ("entropy_attn.integrations", *API, *PLAIN),
+    "entropy_attn.integrations": ("entropy_attn.integrations", *API, *OP, *PLAIN),
     "entropy_attn.regularizer": ("entropy_attn.regularizer", "entropy_attn.integrations", *API),
     "entropy_attn": (*API, *BOUNDARY, *PLAIN, "entropy_attn.backend"),
     "entropy_attn.__init__": ("entropy_attn.integrations.registration",),

@@ -36,17 +36,19 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
     leaves = problem.leaves()
     for entropies in ([False] * 4, [True, False, False, False], [True] * 4):
         arguments = (*leaves, *lists, *geometry, *entropies, backend)
-        torch.library.opcheck(ops.attention_forward, arguments)
+        torch.library.opcheck(ops.attention_forward.overload, arguments)
     with torch.no_grad():
-        torch.library.opcheck(ops.attention_forward, (*problem.inputs, *arguments[3:]))
+        torch.library.opcheck(ops.attention_forward.overload, (*problem.inputs, *arguments[3:]))
         out, lse, row, block, tile, mass = ops.attention_forward(*arguments)
         for grads in ((None,) * 4, [torch.randn_like(t) for t in (lse, row, block, tile)]):
             saved = (*problem.inputs, out, lse, row, block, mass)
             backward = (out, *grads, *saved, *lists, *geometry, backend)
-            torch.library.opcheck(ops.attention_backward, backward)
+            torch.library.opcheck(ops.attention_backward.overload, backward)
         for return_mass, given in ((True, None), (False, lse)):
             pair = (problem.query, problem.key, given)
-            torch.library.opcheck(ops.tile_mass, (*pair, *lists, *geometry, return_mass, backend))
+            torch.library.opcheck(
+                ops.tile_mass.overload, (*pair, *lists, *geometry, return_mass, backend)
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,12 +57,12 @@ def test_opcheck_without_values(backend: str, device: str) -> None:
     problem, lists, geometry = op_arguments(case, device)
     pair = (*problem.leaves()[:2], None)
     arguments = (*pair, *lists, *geometry, False, False, True, True, backend)
-    torch.library.opcheck(ops.attention_forward, arguments)
+    torch.library.opcheck(ops.attention_forward.overload, arguments)
     with torch.no_grad():
         out, lse, _, _, tile, mass = ops.attention_forward(*arguments)
         grads, saved = (*[None] * 4, torch.randn_like(tile)), (out, lse, None, None, mass)
         backward = (*grads, *pair, *saved, *lists, *geometry, backend)
-        torch.library.opcheck(ops.attention_backward, backward)
+        torch.library.opcheck(ops.attention_backward.overload, backward)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,13 +24,13 @@ def test_opcheck_balls(backend: str, weighted: bool, device: str) -> None:
     weights = torch.rand(1, 2, 20, device=device) if weighted else None
     tensors = (x, anchors, alpha, weights)
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(ops.range_forward, (*leaves, False, backend))
+    torch.library.opcheck(ops.range_forward.overload, (*leaves, False, backend))
     with torch.no_grad():
-        torch.library.opcheck(ops.range_forward, (*tensors, True, backend))
+        torch.library.opcheck(ops.range_forward.overload, (*tensors, True, backend))
         entropy, mass, lse, _ = ops.range_forward(*tensors, False, backend)
         given = (torch.ones_like(entropy), *tensors, entropy, mass, lse)
         for needs in ((True, True, weighted), (False, True, False), (True, False, weighted)):
-            torch.library.opcheck(ops.range_backward, (*given, *needs, backend))
+            torch.library.opcheck(ops.range_backward.overload, (*given, *needs, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,12 +39,12 @@ def test_opcheck_halfspaces(backend: str, device: str) -> None:
     tensors = (x, normals, normals[..., 0].clone(), torch.rand(1, 2, device=device) + 0.5)
     tensors = (*tensors, torch.rand(1, 2, 20, device=device))
     leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(ops.halfspace_forward, (*leaves, backend))
+    torch.library.opcheck(ops.halfspace_forward.overload, (*leaves, backend))
     with torch.no_grad():
         entropy, mass = ops.halfspace_forward(*tensors, backend)
         given = (torch.ones_like(entropy), *tensors, entropy, mass)
         for needs in ((True, True, True), (False, True, False), (True, False, False)):
-            torch.library.opcheck(ops.halfspace_backward, (*given, *needs, backend))
+            torch.library.opcheck(ops.halfspace_backward.overload, (*given, *needs, backend))
 
 
 @pytest.mark.parametrize("halfspaces", [False, True])

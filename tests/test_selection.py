@@ -361,14 +361,18 @@ def test_a_new_length_does_not_mean_a_new_graph():
 @pytest.mark.parametrize("lens", [None, int32(20, 40)], ids=["full", "padded"])
 def test_opcheck(lens):
     query, key = inputs(40, 40)
-    torch.library.opcheck(ops.pool_tokens, (query, key, lens, lens, 8, "reference"))
+    torch.library.opcheck(ops.pool_tokens.overload, (query, key, lens, lens, 8, "reference"))
     for antidiagonal in (False, True):
         scored = (query, key) if antidiagonal else (query[:, :, :5], key[:, :, :5])
         arguments = (lens, lens, 40, 40, 16, 16, True, 0, 8, antidiagonal, False, 0.3, 1, 2)
-        torch.library.opcheck(ops.score_tiles, (*scored, None, *arguments, "reference"))
-    torch.library.opcheck(ops.envelope_tokens, (query, key, lens, lens, 8, 0.5, "reference"))
+        torch.library.opcheck(ops.score_tiles.overload, (*scored, None, *arguments, "reference"))
+    torch.library.opcheck(
+        ops.envelope_tokens.overload, (query, key, lens, lens, 8, 0.5, "reference")
+    )
     arguments = (lens, lens, 40, 40, 16, 16, True, 0, 1, 2, "mass", 0.9, 1, 1.0, 3, 1)
-    torch.library.opcheck(ops.keep_tiles, (torch.rand(2, 4, 2, 3), *arguments, "reference"))
+    torch.library.opcheck(
+        ops.keep_tiles.overload, (torch.rand(2, 4, 2, 3), *arguments, "reference")
+    )
 
 
 def test_selection_needs_no_gradient():

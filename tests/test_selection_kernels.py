@@ -236,15 +236,15 @@ def test_chunks_of_query_tiles(device):
 def test_opcheck(lens, device):
     query, key = inputs(device, 40, 40)
     lens = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
-    torch.library.opcheck(ops.pool_tokens, (query, key, lens, lens, 8, "triton"))
+    torch.library.opcheck(ops.pool_tokens.overload, (query, key, lens, lens, 8, "triton"))
     for antidiagonal in (False, True):
         scored = (query, key) if antidiagonal else (query[:, :, :5], key[:, :, :5])
         arguments = (lens, lens, 40, 40, 16, 16, True, 0, 8, antidiagonal, False, 0.3, 1, 2)
-        torch.library.opcheck(ops.score_tiles, (*scored, None, *arguments, "triton"))
-    torch.library.opcheck(ops.envelope_tokens, (query, key, lens, lens, 8, 0.5, "triton"))
+        torch.library.opcheck(ops.score_tiles.overload, (*scored, None, *arguments, "triton"))
+    torch.library.opcheck(ops.envelope_tokens.overload, (query, key, lens, lens, 8, 0.5, "triton"))
     arguments = (lens, lens, 40, 40, 16, 16, True, 0, 1, 2, "mass", 0.9, 1, 1.0, 3, 1)
     mass = torch.rand(2, 4, 2, 3, device=device)
-    torch.library.opcheck(ops.keep_tiles, (mass, *arguments, "triton"))
+    torch.library.opcheck(ops.keep_tiles.overload, (mass, *arguments, "triton"))
 
 
 def test_compiles_without_graph_breaks(device):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_attn.custom_ops import custom_op
 from entropy_attn.reference import decoding as reference
 
 
@@ -64,7 +65,7 @@ def _(
     return fresh.new_empty(rows), fresh.new_empty((*rows, width))
 
 
-@torch.library.custom_op("entropy_attn::decode_forward", mutates_args=())
+@custom_op("decode_forward")
 def decode_forward(
     query: Tensor,
     key: Tensor,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from entropy_attn.custom_ops import custom_op
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.reference.dense import visible_pairs
 
@@ -39,7 +40,7 @@ def encode(valid: Tensor, query: Tensor) -> Tensor:
     return (valid.to(torch.int8) * VALID + query.to(torch.int8) * QUERY).contiguous()
 
 
-@torch.library.custom_op("entropy_attn::query_columns", mutates_args=())
+@custom_op("query_columns")
 def query_columns(codes: Tensor, q_len: int) -> Tensor:
     """(B, Nq) int64: at which key each query stands."""
     first = (codes >= QUERY).to(torch.int8).argmax(1, keepdim=True)
@@ -143,7 +144,7 @@ def restore(out: Tensor, place: Tensor | None) -> Tensor:
     return out if place is None else _take(out, place)
 
 
-@torch.library.custom_op("entropy_attn::stable_partition", mutates_args=())
+@custom_op("stable_partition")
 def stable_partition(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where each row of the valid-first order comes from, the inverse, and how many are valid.
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from entropy_attn.custom_ops import custom_op
 from entropy_attn.reference import soft_entropy as reference
 
 
@@ -46,7 +46,7 @@ def _halfspace(backend: str) -> Any:
     return halfspace_entropy
 
 
-@torch.library.custom_op("entropy_attn::range_forward", mutates_args=())
+@custom_op("range_forward")
 def range_forward(
     points: Tensor,
     anchors: Tensor,
@@ -71,7 +71,7 @@ def _(points, anchors, alpha, weights, with_peak, backend):
     )
 
 
-@torch.library.custom_op("entropy_attn::range_backward", mutates_args=())
+@custom_op("range_backward")
 def range_backward(
     grad: Tensor,
     points: Tensor,
@@ -106,6 +106,9 @@ def _(
     )
 
 
+range_backward.refuse_gradients()
+
+
 def _save_range(ctx, inputs, output):
     points, anchors, alpha, weights, _, backend = inputs
     entropy, mass, lse, peak = output
@@ -127,7 +130,7 @@ def _range_backward(ctx, grad, *_):
 range_forward.register_autograd(_range_backward, setup_context=_save_range)
 
 
-@torch.library.custom_op("entropy_attn::halfspace_forward", mutates_args=())
+@custom_op("halfspace_forward")
 def halfspace_forward(
     points: Tensor,
     normals: Tensor,
@@ -148,7 +151,7 @@ def _(points, normals, offsets, tau, weights, backend):
     return normals.new_empty(batch), normals.new_empty(*batch, 1 << normals.shape[2])
 
 
-@torch.library.custom_op("entropy_attn::halfspace_backward", mutates_args=())
+@custom_op("halfspace_backward")
 def halfspace_backward(
     grad: Tensor,
     points: Tensor,
@@ -183,6 +186,9 @@ def _(
         *planes,
         normals.new_empty(points.shape[:3] if need_weights else (0,)),
     )
+
+
+halfspace_backward.refuse_gradients()
 
 
 def _save_halfspace(ctx, inputs, output):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_attn.custom_ops import custom_op
 from entropy_attn.reference import selection as reference
 
 
-@torch.library.custom_op("entropy_attn::pool_tokens", mutates_args=())
+@custom_op("pool_tokens")
 def pool_tokens(
     query: Tensor,
     key: Tensor,
@@ -39,7 +40,7 @@ def _(query, key, q_lens, kv_lens, pool, backend):
     )
 
 
-@torch.library.custom_op("entropy_attn::envelope_tokens", mutates_args=())
+@custom_op("envelope_tokens")
 def envelope_tokens(
     query: Tensor,
     key: Tensor,
@@ -69,7 +70,7 @@ def _score_dtype(tokens: Tensor) -> torch.dtype:
     return torch.float64 if tokens.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("entropy_attn::score_tiles", mutates_args=())
+@custom_op("score_tiles")
 def score_tiles(
     query: Tensor,
     key: Tensor,
@@ -123,7 +124,7 @@ def _(
     return query.new_empty(shape, dtype=_score_dtype(query))
 
 
-@torch.library.custom_op("entropy_attn::keep_tiles", mutates_args=())
+@custom_op("keep_tiles")
 def keep_tiles(
     mass: Tensor,
     q_lens: Tensor | None,

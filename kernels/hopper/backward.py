@@ -27,7 +27,6 @@ s - 1, in step s - 1, and that is the one which step s fills.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -54,6 +53,7 @@ from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
+    ceil_div,
     device_of,
     exponent_scale,
     has_copy_engine,
@@ -445,7 +445,7 @@ def hopper_backward(
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
     strides = list_strides(offsets, rows)
     sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-    kv_tiles = triton.cdiv(kv_len, BLOCK_N.value)
+    kv_tiles = ceil_div(kv_len, BLOCK_N.value)
     _, *registers = REGISTERS[1]
     with device_of(query):
         _backward_kernel[(kv_tiles * batch * kv_heads,)](

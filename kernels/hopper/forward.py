@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -63,6 +62,7 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     architecture,
+    ceil_div,
     device_of,
     exponent_scale,
     has_copy_engine,
@@ -469,13 +469,16 @@ def unsupported(
     return None
 
 
+# How the copy engine lays out every box in shared memory; it takes long to make.
+BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
 def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What the copy engine needs to move (rows, columns) boxes of (B, H, N, D)."""
     # The stride of a dimension of size 1 is never used, but has to be a valid one.
     strides = [s if n > 1 else 16 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(
-        tensor, list(tensor.shape), [*strides[:-1], 1], [1, 1, rows, columns], layout
+        tensor, list(tensor.shape), [*strides[:-1], 1], [1, 1, rows, columns], BOX_LAYOUT
     )
 
 
@@ -538,7 +541,7 @@ def hopper_forward(
             # An int32 tensor stands where there is none.
             *(order if x is None else x for x in (indices, kv_lens, q_lens)), order,
             *list_strides(counts, indices)[3:],
-            heads, heads // kv_heads, q_len, kv_len, triton.cdiv(q_len, block_m), items,
+            heads, heads // kv_heads, q_len, kv_len, ceil_div(q_len, block_m), items,
             exponent_scale(scale),
             BLOCK_D=block_d, BLOCK_N=config.block_n,
             BLOCK_Q=block_size[0], BLOCK_K=block_size[1],

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import LENGTHS, device_of, list_strides
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, device_of, list_strides
 from entropy_attn.kernels.primitives import head_base, valid_length
 
 # That are compared with each other, unless one head has more.
@@ -179,14 +179,14 @@ def work_order(
     """
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
-    tiles = triton.cdiv(q_len, block_m)
+    tiles = ceil_div(q_len, block_m)
     items = torch.empty((batch * heads * tiles + 1, 4), dtype=torch.int32, device=query.device)
     together = heads_together(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
     tiles_a_program = 32
     with device_of(query):
-        _order_kernel[(triton.cdiv(tiles, tiles_a_program), batch * heads)](
+        _order_kernel[(ceil_div(tiles, tiles_a_program), batch * heads)](
             items, counts, indices, kv_lens, q_lens, *list_strides(counts, indices),
             heads, batch * heads, together, q_len, kv_len, tiles,
             BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],

@@ -1,0 +1,73 @@
+"""Registration of torch custom ops whose calls cost little on the host.
+
+`torch.library.custom_op` wraps every call in Python that checks for aliases and, while gradients
+are recorded, goes through autograd even where an op has no gradient: tens of microseconds, as much
+as the launch of a small kernel. Here an op is its implementation and nothing else. That its outputs
+do not alias its inputs is what `torch.library.opcheck` tests.
+
+Ops that write to their arguments stay with `torch.library.custom_op`, which keeps autograd's
+version counters right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch.library import Library
+
+NAMESPACE = "entropy_attn"
+
+# An op exists as long as its library does.
+_libraries: dict[str, Library] = {}
+
+
+class CustomOp:
+    """An op of plain tensors and numbers; torch.compile takes it as a whole.
+
+    An op without `register_autograd` is not hidden from autograd: its callers detach tensors that
+    need gradients or check that there are none. Where they do neither, call `refuse_gradients`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self._name = f"{NAMESPACE}::{name}"
+        _libraries.pop(name, None)  # of a module that is being reloaded
+        library = _libraries[name] = Library(NAMESPACE, "FRAGMENT")
+        schema = torch.library.infer_schema(function, op_name=name, mutates_args=())
+        library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        # For every device, and never traced by torch.compile.
+        torch.library.register_kernel(self._name, None, function, lib=library)
+        self._key = name
+        self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Shapes and dtypes of the outputs, for tracing."""
+        library = _libraries[self._key]
+        return torch.library.register_fake(self._name, fake, lib=library)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., Any] | None = None
+    ) -> None:
+        library = _libraries[self._key]
+        torch.library.register_autograd(
+            self._name, backward, setup_context=setup_context, lib=library
+        )
+
+    def refuse_gradients(self) -> None:
+        """A backward through the op raises."""
+
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(f"there is no backward through {self._name}")
+
+        self.register_autograd(backward)
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
+    """Make a function with annotated arguments the op ``entropy_attn::name``."""
+    return lambda function: CustomOp(name, function)
