@@ -199,7 +199,10 @@ def test_report_fills_pages_and_derives_the_crossover_data(invoke, tmp_path):
     store.append(Record("crossover", config, result, machine))
     done = invoke("report", "--results", store.directory, "--root", tmp_path)
     assert done.exit_code == 0, done.output
-    assert "| D=64, causal | 512 | 1.000 (SDPA flash) | 0.500 at 0.1 | 0.42 |" in page.read_text()
+    assert (
+        "| D=64, causal, 16 heads | 512 | 1.000 (SDPA flash) | 0.500 at 0.1 | 0.42 |"
+        in page.read_text()
+    )
     assert (tmp_path / "docs" / "images" / "crossover_g1.png").stat().st_size > 0
     assert (tmp_path / "entropy_attn" / "backend" / "crossover.json").exists()
 
