@@ -330,7 +330,8 @@ class Check:
     def __init__(self, model: nn.Module, few: Mapping[str, Any], output: str) -> None:
         self.model, self.few, self.output = shared_copy(model), few, output
         cut(self.model, CHECKED_LAYERS)
-        exact = copy.deepcopy(self.model).float()
+        # A model of a GGUF file refuses .float() by itself, though its weights are plain numbers.
+        exact = nn.Module.float(copy.deepcopy(self.model))
         floats = {name: _in_fp32(x) for name, x in few.items()}
         self.exact = prepare(EAGER, exact).call(floats, output)
         self.plain = prepare(EAGER, self.model).call(few, output)
