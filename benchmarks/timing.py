@@ -3,8 +3,7 @@
 Clocks and temperature drift within seconds, so contestants that are timed one after the other
 are not comparable. Here every round calls each contestant once, on the next of several input sets,
 and medians are taken over the rounds. The order of a round is drawn anew: a contestant that always
-came after the same other one would be timed at the clock that this one leaves behind, and after
-one that waits for memory a GPU runs faster than after one that is bound by its power.
+came after the same other one would be timed at the clock that this one leaves behind.
 """
 
 from __future__ import annotations
