@@ -24,6 +24,7 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     architecture,
+    ceil_div,
     device_of,
     dot_precision,
     exponent_scale,
@@ -227,8 +228,8 @@ def decode_config(arch: str, head_dim: int, itemsize: int) -> DecodeConfig:
 
 def split_count(programs: int, keys: int) -> int:
     """Over how many programs the keys are split, the same on every GPU."""
-    wanted = -(-PROGRAMS // max(1, programs))
-    return max(1, min(wanted, -(-keys // LEAST_KEYS), MOST_SPLITS))
+    wanted = ceil_div(PROGRAMS, max(1, programs))
+    return max(1, min(wanted, ceil_div(keys, LEAST_KEYS), MOST_SPLITS))
 
 
 def heads_a_tile(group: int, q_len: int) -> int:
@@ -284,7 +285,7 @@ def split_forward(
     # Heads a list is shared by; a list for all is of stride 0.
     sharing = 1 if indices is None else heads // indices.shape[1]
     pack = heads_a_tile(group if indices is None else min(group, sharing), q_len)
-    blocks = -(-kv_len // block_size[1]) if indices is None else indices.shape[3]
+    blocks = ceil_div(kv_len, block_size[1]) if indices is None else indices.shape[3]
     splits = split_count(batch * heads // pack, blocks * block_size[1])
     partial = query.new_empty((*query.shape[:3], splits, head_dim), dtype=torch.float32)
     partial_lse = lse.new_empty((*query.shape[:3], splits))

@@ -109,7 +109,7 @@ def next_power_of_2(n: int) -> int:
 
 def padded_head_dim(head_dim: int) -> int:
     """The next power of two, at least 16: what a tile holds."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_2(head_dim))
 
 
 def exponent_scale(scale: float) -> float:
@@ -187,5 +187,5 @@ def split_rows(tiles: int, programs_a_split: int, programs: int = 1024) -> tuple
         programs: to aim at, a few a multiprocessor.
     """
     splits = max(1, min(tiles, programs // max(1, programs_a_split)))
-    share = max(1, -(-tiles // splits))
-    return max(1, -(-tiles // share)), share
+    share = max(1, ceil_div(tiles, splits))
+    return max(1, ceil_div(tiles, share)), share

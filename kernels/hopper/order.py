@@ -145,8 +145,8 @@ def heads_together(
     """
     kv_bytes = 2 * kv_len * head_dim * itemsize
     most = min(max(1, l2_bytes // 4 // kv_bytes) * group, max(1, MOST_ITEMS // tiles))
-    groups = -(-total_heads // most)
-    return -(-total_heads // groups)
+    groups = ceil_div(total_heads, most)
+    return ceil_div(total_heads, groups)
 
 
 def work_order(
