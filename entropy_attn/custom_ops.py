@@ -2,8 +2,9 @@
 
 `torch.library.custom_op` wraps every call in Python that checks for aliases and, while gradients
 are recorded, goes through autograd even where an op has no gradient: tens of microseconds, as much
-as the launch of a small kernel. Here an op is its implementation and nothing else. That its outputs
-do not alias its inputs is what `torch.library.opcheck` tests.
+as the launch of a small kernel. Here an op is its implementation and nothing else, and a call that nobody watches
+(no gradient, no tracing, no profiler) goes there without the dispatcher. That its outputs do not
+alias its inputs is what `torch.library.opcheck` tests.
 
 Ops that write to their arguments stay with `torch.library.custom_op`, which keeps autograd's
 version counters right.
@@ -16,7 +17,9 @@ from functools import update_wrapper
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
+from torch.nn import Parameter
 
 NAMESPACE = "entropy_attn"
 
@@ -33,6 +36,7 @@ class CustomOp:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         update_wrapper(self, function)
+        self._function = function
         self._name = f"{NAMESPACE}::{name}"
         _libraries.pop(name, None)  # of a module that is being reloaded
         library = _libraries[name] = Library(NAMESPACE, "FRAGMENT")
@@ -44,6 +48,8 @@ class CustomOp:
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
+        if _is_unwatched() and all(_is_plain(x) for x in args):
+            return self._function(*args)
         return self.overload(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +72,24 @@ class CustomOp:
             raise RuntimeError(f"there is no backward through {self._name}")
 
         self.register_autograd(backward)
+
+
+def _is_unwatched() -> bool:
+    """Whether the dispatcher would do nothing but call the implementation, given plain tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _is_plain(x: Any) -> bool:
+    """Not a tensor, or one without a subclass's behaviour and without a gradient to record."""
+    if not isinstance(x, Tensor):
+        return True
+    return type(x) in (Tensor, Parameter) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:

@@ -30,6 +30,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return reference.compute_dtype(dtype)
 
 
+def _like_query(query: Tensor, backend: str) -> Tensor:
+    """What the output is for a fake: as the query lies, so that (B, N, H, D) stays in that order."""
+    return query.new_empty(query.shape) if backend == "reference" else torch.empty_like(query)
+
+
 def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
     """Lists that the query heads of a key head share, once for each of them."""
     if lists is None or lists.shape[1] in (1, heads):
@@ -199,7 +204,7 @@ def _(
     tiles = (*query.shape[:2], -(-query.shape[2] // block_q))
     width = -(-key.shape[2] // block_k) if kv_indices is None else kv_indices.shape[3]
     has_mass = tile_entropy and keep_mass and backend != "reference"
-    out = query.new_empty((0,) if value is None else query.shape)
+    out = query.new_empty(0) if value is None else _like_query(query, backend)
     lse = query.new_empty(rows, dtype=dtype)
     row = query.new_empty(rows if row_entropy else (0,), dtype=dtype)
     block = query.new_empty(rows if block_entropy else (0,), dtype=dtype)
@@ -416,4 +421,4 @@ def _(
     block_k, is_causal, window, scale, backend,
 ):  # fmt: skip
     lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
-    return query.new_empty(query.shape), lse
+    return _like_query(query, backend), lse

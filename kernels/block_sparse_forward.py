@@ -25,7 +25,6 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
-    device_of,
     dot_precision,
     exponent_scale,
     has_copy_engine,
@@ -33,6 +32,7 @@ from entropy_attn.kernels.launch import (
     padded_head_dim,
     tile_descriptor,
 )
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     LN_2,
     NO_SCORE,
@@ -312,18 +312,46 @@ def block_sparse_forward(
     Returns:
         out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, row and block entropy, each like lse or empty.
     """
-    batch, heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     row = torch.empty_like(lse) if row_entropy else lse.new_empty(0)
     block = torch.empty_like(lse) if block_entropy else lse.new_empty(0)
     if out.numel() == 0:
         return out, lse, row, block
-    if kv_len == 0:
+    if key.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
+    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+    launch = _plan(
+        query, key, value, counts, indices, kv_lens, q_lens, out.stride(), block_size, is_causal,
+        window, scale, row_entropy, block_entropy, config, architecture(query.device),
+        dot_precision(query.dtype),
+    )  # fmt: skip
+    launch(query, key, value, out, lse, row, block, counts, indices, kv_lens, q_lens)
+    return out, lse, row, block
 
-    arch = architecture(query.device)
+
+@planned
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    out_strides: tuple[int, ...],
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    row_entropy: bool,
+    block_entropy: bool,
+    config: ForwardConfig | None,
+    arch: str,
+    precision: str,
+) -> Launch:
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
     config = config or forward_config(
         arch,
         head_dim,
@@ -334,25 +362,24 @@ def block_sparse_forward(
         copy_engine=has_copy_engine(arch, key, value),
     )
     q_tiles = ceil_div(q_len, config.block_m)
-    counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
-    sources = key, value
+    described = None
     if config.descriptors:
-        sources = tile_descriptor(key, config.block_n), tile_descriptor(value, config.block_n)
-    with device_of(query):
-        _forward_kernel[(q_tiles * batch * heads,)](
-            query, *sources, out, lse, row, block,
-            counts, indices, kv_lens, q_lens,
-            query.stride(), key.stride(), value.stride(), out.stride(),
+        described = {n: tile_descriptor(x, config.block_n) for n, x in ((1, key), (2, value))}
+    return Launch(
+        _forward_kernel, (q_tiles * batch * heads,),
+        (
+            query.stride(), key.stride(), value.stride(), out_strides,
             *list_strides(counts, indices),
             heads, heads // kv_heads, q_len, kv_len, q_tiles, window, exponent_scale(scale),
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
-            MAY_CUT=kv_lens is not None or kv_len % max(block_size[1], config.block_n) != 0,
-            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
-            DESCRIPTORS=config.descriptors, PRECISION=dot_precision(query.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return out, lse, row, block
+        ),
+        described=described,
+        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
+        MAY_CUT=kv_lens is not None or kv_len % max(block_size[1], config.block_n) != 0,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
+        DESCRIPTORS=config.descriptors, PRECISION=precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import ceil_div, device_of, next_power_of_2
+from entropy_attn.kernels.launch import ceil_div, next_power_of_2
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import valid_length
 
 # Arguments that vary from call to call: a new length must not compile the kernel again. kv_blocks
@@ -226,26 +227,54 @@ def keep_tiles(
     Returns:
         counts (B, H, tiles) int32, indices (B, H, tiles, width) int32.
     """
-    batch, heads, tiles, kv_blocks = mass.shape
-    counts = torch.empty((batch, heads, tiles), dtype=torch.int32, device=mass.device)
-    indices = torch.empty((batch, heads, tiles, width), dtype=torch.int32, device=mass.device)
+    rows, kv_blocks = mass.shape[:3], mass.shape[3]
+    counts = torch.empty(rows, dtype=torch.int32, device=mass.device)
+    indices = torch.empty((*rows, width), dtype=torch.int32, device=mass.device)
     if counts.numel() == 0:
         return counts, indices
     if kv_blocks == 0:
         return counts.zero_(), indices
     mass = mass.contiguous()
+    launch = _plan(
+        mass, q_lens, kv_lens, q_len, kv_len, block_size, is_causal, window, sink, local, rule,
+        amount, min_blocks, max_density, width, first_tile,
+    )  # fmt: skip
+    launch(mass, counts, indices, q_lens, kv_lens)
+    return counts, indices
+
+
+@planned
+def _plan(
+    mass: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    sink: int,
+    local: int,
+    rule: str,
+    amount: float,
+    min_blocks: int,
+    max_density: float,
+    width: int,
+    first_tile: int,
+) -> Launch:
+    batch, heads, tiles, kv_blocks = mass.shape
     resident = kv_blocks <= LONGEST_RESIDENT
     chunk = next_power_of_2(kv_blocks) if resident else LONGEST_RESIDENT
     rows = max(1, min(16, MASSES_A_WARP // chunk))  # each row has counts of its own in registers
-    total = counts.numel()
-    with device_of(mass):
-        _keep_kernel[(ceil_div(total, rows),)](
-            mass, counts, indices, q_lens, kv_lens,
+    total = batch * heads * tiles
+    return Launch(
+        _keep_kernel, (ceil_div(total, rows),),
+        (
             heads, q_len, kv_len, kv_blocks, first_tile, tiles, total, width, window, sink, local,
             amount, min_blocks, max_density,
-            RULE=RULES.index(rule), BLOCK_Q=block_size[0], BLOCK_K=block_size[1], ROWS=rows,
-            CHUNK=chunk, RESIDENT=resident, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0,
-            HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
-            num_warps=max(1, chunk // MASSES_A_WARP),
-        )  # fmt: skip
-    return counts, indices
+        ),
+        RULE=RULES.index(rule), BLOCK_Q=block_size[0], BLOCK_K=block_size[1], ROWS=rows,
+        CHUNK=chunk, RESIDENT=resident, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0,
+        HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
+        num_warps=max(1, chunk // MASSES_A_WARP),
+    )  # fmt: skip

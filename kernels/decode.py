@@ -273,7 +273,7 @@ def split_forward(
     if block_table is not None:
         block_table = block_table.contiguous()
         page, kv_len = kv_len, kv_len * block_table.shape[1]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import ceil_div, device_of, padded_head_dim
+from entropy_attn.kernels.launch import ceil_div, padded_head_dim
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     head_base,
     load_tile,
@@ -169,26 +170,46 @@ def _pool(
     pool: int,
     spread: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, device = query.dtype, query.device
+    batch, q_heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    q_shape = (batch, q_heads, ceil_div(q_len, pool), head_dim)
+    kv_shape = (batch, kv_heads, ceil_div(kv_len, pool), head_dim)
+    query_out = torch.empty(q_shape, dtype=dtype, device=device)
+    key_out = torch.empty(kv_shape, dtype=dtype, device=device)
+    shape = (0,) if spread is None else kv_shape[:3]
+    spreads = torch.empty(shape, dtype=torch.float32, device=device)
+    launch = _plan(query, key, q_lens, kv_lens, pool, spread)
+    if launch is not None:
+        launch(query, key, query_out, key_out, spreads, q_lens, kv_lens)
+    return query_out, key_out, spreads
+
+
+@planned
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    pool: int,
+    spread: float | None,
+) -> Launch | None:
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     q_groups, kv_groups = ceil_div(q_len, pool), ceil_div(kv_len, pool)
-    query_out = query.new_empty(batch, q_heads, q_groups, head_dim)
-    key_out = key.new_empty(batch, kv_heads, kv_groups, head_dim)
-    shape = (0,) if spread is None else key_out.shape[:3]
-    spreads = key.new_empty(shape, dtype=torch.float32)
     block_d = padded_head_dim(head_dim)
     rows = max(1, 4096 // (block_d * query.element_size()))  # 32 bytes a thread and token
     query_programs = batch * q_heads * ceil_div(q_groups, rows)
     programs = query_programs + batch * kv_heads * ceil_div(kv_groups, rows)
     if programs == 0:
-        return query_out, key_out, spreads
-    with device_of(query):
-        _pool_kernel[(programs,)](
-            query, key, query_out, key_out, spreads, q_lens, kv_lens,
+        return None
+    return Launch(
+        _pool_kernel, (programs,),
+        (
             query.stride(), key.stride(), q_heads, kv_heads, q_len, kv_len, q_groups, kv_groups,
             query_programs, spread or 0.0,
-            POOL=pool, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
-            ENVELOPE=spread is not None, STEP=min(UNROLL, pool), num_warps=4,
-        )  # fmt: skip
-    return query_out, key_out, spreads
+        ),
+        POOL=pool, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        HAS_Q_LENS=q_lens is not None, HAS_KV_LENS=kv_lens is not None,
+        ENVELOPE=spread is not None, STEP=min(UNROLL, pool), num_warps=4,
+    )  # fmt: skip

@@ -32,12 +32,12 @@ from torch import Tensor
 from entropy_attn.kernels.launch import (
     architecture,
     ceil_div,
-    device_of,
     dot_precision,
     exponent_scale,
     next_power_of_2,
     padded_head_dim,
 )
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     NO_SCORE,
     head_base,
@@ -392,13 +392,48 @@ def score_tiles(
     Returns:
         (B, Hq, tiles, Mk) fp32; with ``take_maximum`` the rows do not sum to 1.
     """
+    shape = (*query.shape[:2], tiles, ceil_div(kv_len, block_size[1]))
+    mass = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if mass.numel() == 0:
+        return mass
+    launch = _plan(
+        query, key, spreads, q_lens, kv_lens, q_len, kv_len, group, taps, take_maximum, block_size,
+        is_causal, window, scale, first_tile, tiles, config, architecture(query.device),
+        dot_precision(query.dtype),
+    )  # fmt: skip
+    partial, lse = (
+        torch.empty(shape, dtype=torch.float32, device=query.device) for shape in launch.workspace
+    )
+    launch(query, key, spreads, mass, partial, lse, q_lens, kv_lens)
+    return mass
+
+
+@planned
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    spreads: Tensor | None,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    group: int,
+    taps: int,
+    take_maximum: bool,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    first_tile: int,
+    tiles: int,
+    config: ScoreConfig | None,
+    arch: str,
+    precision: str,
+) -> Launch:
     batch, heads, _, head_dim = query.shape
     block_q, block_k = block_size
     per_tile, per_block = block_q // group, block_k // group
     kv_blocks = ceil_div(kv_len, block_k)
-    mass = torch.empty((batch, heads, tiles, kv_blocks), dtype=torch.float32, device=query.device)
-    if mass.numel() == 0:
-        return mass
     block_d = padded_head_dim(head_dim)
     config = config or default_config(
         batch * heads, tiles * per_tile, per_tile, per_block, block_d, query.element_size(), taps
@@ -408,23 +443,21 @@ def score_tiles(
     programs = batch * heads * chunks
     chunk = MASSES_A_WARP * config.num_warps // (rows // per_tile)
     partial_stride = ceil_div(kv_blocks, cols // per_block) * (cols // per_block)
-    partial = mass.new_empty(programs, rows, partial_stride)
-    lse = mass.new_empty(programs, rows)
-    arch = architecture(query.device)
     capped = {"maxnreg": config.max_registers} if config.max_registers and arch == "sm90" else {}
-    with device_of(query):
-        _score_kernel[(programs,)](
-            query, key, spreads, mass, partial, lse, q_lens, kv_lens,
+    return Launch(
+        _score_kernel, (programs,),
+        (
             query.stride(), key.stride(), heads, heads // key.shape[1],
             q_len, kv_len, kv_blocks, first_tile, tiles, chunks, window,
             exponent_scale(scale / taps),
-            GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
-            CHUNK=min(chunk, next_power_of_2(kv_blocks)), HEAD_DIM=head_dim, BLOCK_D=block_d,
-            IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
-            HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
-            PRECISION=dot_precision(query.dtype), STEP=min(UNROLL, per_tile),
-            LANES=4 if 2 <= per_block <= cols // 4 else 1, NEGATIVE=scale < 0,
-            HAS_SPREADS=spreads is not None, APPROXIMATE=arch.startswith("sm"),
-            num_warps=config.num_warps, num_stages=config.num_stages, **capped,
-        )  # fmt: skip
-    return mass
+        ),
+        workspace=((programs, rows, partial_stride), (programs, rows)),
+        GROUP=group, TAPS=taps, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, COLS=cols,
+        CHUNK=min(chunk, next_power_of_2(kv_blocks)), HEAD_DIM=head_dim, BLOCK_D=block_d,
+        IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, HAS_Q_LENS=q_lens is not None,
+        HAS_KV_LENS=kv_lens is not None, TAKE_MAXIMUM=take_maximum,
+        PRECISION=precision, STEP=min(UNROLL, per_tile),
+        LANES=4 if 2 <= per_block <= cols // 4 else 1, NEGATIVE=scale < 0,
+        HAS_SPREADS=spreads is not None, APPROXIMATE=arch.startswith("sm"),
+        num_warps=config.num_warps, num_stages=config.num_stages, **capped,
+    )  # fmt: skip

@@ -63,11 +63,11 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
-    device_of,
     exponent_scale,
     has_copy_engine,
     list_strides,
 )
+from entropy_attn.kernels.plans import Launch, planned
 
 LN_2 = gl.constexpr(0.6931471805599453)
 NO_ITEM = gl.constexpr(-1)
@@ -510,49 +510,78 @@ def hopper_forward(
         out (B, Hq, Nq, D), lse (B, Hq, Nq) fp32, row and block entropy, each like lse or empty,
         as `block_sparse_forward`.
     """
-    heads, q_len, head_dim = query.shape[1:]
-    kv_heads, kv_len = key.shape[1:3]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     row = torch.empty_like(lse) if row_entropy else lse.new_empty(0)
     block = torch.empty_like(lse) if block_entropy else lse.new_empty(0)
     if out.numel() == 0:
         return out, lse, row, block
-    if kv_len == 0:
+    if key.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
 
-    config = config or hopper_config(head_dim, block_size)
-    block_m = 64 * config.warpgroups
-    block_d = 64 if head_dim <= 64 else 128
+    config = config or hopper_config(query.shape[3], block_size)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
     if order is None:
         order = work_order(
-            query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
+            query, key, counts, indices, block_size, ROWS.value * config.warpgroups, is_causal,
+            l2_bytes, kv_lens, q_lens,
         )  # fmt: skip
-    items = order.shape[0] - 1
+    launch = _plan(
+        query, key, value, out, counts, indices, kv_lens, q_lens, order.shape[0] - 1, block_size,
+        is_causal, scale, row_entropy, block_entropy, config, multiprocessors,
+    )  # fmt: skip
+    # An int32 tensor stands where there is none.
+    integers = (order if x is None else x for x in (indices, kv_lens, q_lens))
+    launch(query, key, value, out, lse, row, block, *integers, order)
+    return out, lse, row, block
+
+
+@planned
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    items: int,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    scale: float,
+    row_entropy: bool,
+    block_entropy: bool,
+    config: HopperConfig,
+    multiprocessors: int,
+) -> Launch:
+    heads, q_len, head_dim = query.shape[1:]
+    kv_heads, kv_len = key.shape[1:3]
+    block_d = 64 if head_dim <= 64 else 128
     # Two blocks make a step: then their tiles are put together from boxes of 64 columns.
     box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
     launch_registers, *registers = REGISTERS[config.programs]
-    with device_of(query):
-        _forward_kernel[(min(items, multiprocessors * config.programs),)](
-            descriptor(query, 64, block_d), descriptor(key, *box), descriptor(value, *box),
-            descriptor(out, 64, block_d), lse, row, block,
-            # An int32 tensor stands where there is none.
-            *(order if x is None else x for x in (indices, kv_lens, q_lens)), order,
+    return Launch(
+        _forward_kernel, (min(items, multiprocessors * config.programs),),
+        (
             *list_strides(counts, indices)[3:],
-            heads, heads // kv_heads, q_len, kv_len, ceil_div(q_len, block_m), items,
-            exponent_scale(scale),
-            BLOCK_D=block_d, BLOCK_N=config.block_n,
-            BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-            WARPGROUPS=config.warpgroups, STAGES=config.stages,
-            IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
-            LISTED=indices is not None,
-            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
-            PING_PONG=config.ping_pong and config.warpgroups == 2,
-            QUERY_REGISTERS=config.query_registers, PIN=config.pin,
-            CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
-            num_warps=4, maxnreg=launch_registers,
-        )  # fmt: skip
-    return out, lse, row, block
+            heads, heads // kv_heads, q_len, kv_len,
+            ceil_div(q_len, ROWS.value * config.warpgroups), items, exponent_scale(scale),
+        ),
+        described={
+            0: descriptor(query, ROWS.value, block_d), 1: descriptor(key, *box),
+            2: descriptor(value, *box), 3: descriptor(out, ROWS.value, block_d),
+        },
+        BLOCK_D=block_d, BLOCK_N=config.block_n,
+        BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+        WARPGROUPS=config.warpgroups, STAGES=config.stages,
+        IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+        LISTED=indices is not None,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
+        PING_PONG=config.ping_pong and config.warpgroups == 2,
+        QUERY_REGISTERS=config.query_registers, PIN=config.pin,
+        CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
+        num_warps=4, maxnreg=launch_registers,
+    )  # fmt: skip

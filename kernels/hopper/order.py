@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import LENGTHS, ceil_div, device_of, list_strides
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, list_strides
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import head_base, valid_length
 
 # That are compared with each other, unless one head has more.
@@ -177,22 +178,44 @@ def work_order(
         The last row begins with the counter that programs claim items from. It is 0, and 0 again
         after a launch.
     """
+    tiles = ceil_div(query.shape[2], block_m)
+    rows = query.shape[0] * query.shape[1] * tiles + 1
+    items = torch.empty((rows, 4), dtype=torch.int32, device=query.device)
+    launch = _plan(
+        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
+    )
+    launch(items, counts, indices, kv_lens, q_lens)
+    return items
+
+
+@planned
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    block_size: tuple[int, int],
+    block_m: int,
+    is_causal: bool,
+    l2_bytes: int,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+) -> Launch:
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     tiles = ceil_div(q_len, block_m)
-    items = torch.empty((batch * heads * tiles + 1, 4), dtype=torch.int32, device=query.device)
     together = heads_together(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
     tiles_a_program = 32
-    with device_of(query):
-        _order_kernel[(ceil_div(tiles, tiles_a_program), batch * heads)](
-            items, counts, indices, kv_lens, q_lens, *list_strides(counts, indices),
-            heads, batch * heads, together, q_len, kv_len, tiles,
-            BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-            IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
-            LISTED=indices is not None,
-            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            TILES=tiles_a_program, CHUNK=64, num_warps=4,
-        )  # fmt: skip
-    return items
+    return Launch(
+        _order_kernel, (ceil_div(tiles, tiles_a_program), batch * heads),
+        (
+            *list_strides(counts, indices), heads, batch * heads, together, q_len, kv_len, tiles,
+        ),
+        BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
+        IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
+        LISTED=indices is not None,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        TILES=tiles_a_program, CHUNK=64, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Plans: what a launcher derives from the forms of its arguments, kept for the next such call.
+
+A layer of a small model is done on a GPU in tens of microseconds. Choosing a configuration,
+describing tensors to the copy engine and finding the compiled kernel, for which Triton looks at
+every argument, takes a host longer than that. All of it follows from shapes, strides, dtypes and
+numbers, so it is done once for each such combination. Then a launch costs what its driver call
+and the allocation of its results do.
+
+    @planned
+    def _plan(query, ..., block_size) -> Launch:      # looks at no address and no value
+        return Launch(_kernel, (programs,), [q_len, ...], BLOCK=block_size, num_warps=4)
+
+    def launcher(query, ..., block_size):
+        out = torch.empty(...)
+        _plan(query, ..., block_size)(query, out, ...)
+        return out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# More combinations than a serving process meets in a while; then all are forgotten.
+MOST_PLANS = 4096
+
+
+def form(tensor: Tensor) -> tuple[Any, ...]:
+    """What a compiled kernel and its launch depend on, of a tensor that they read.
+
+    Triton compiles apart for addresses that are multiples of 16 bytes, and the copy engine takes no
+    others.
+    """
+    aligned = tensor.data_ptr() % 16 == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), aligned
+
+
+def planned(make: Callable[P, R]) -> Callable[P, R]:
+    """Keep what ``make`` returns for the forms of its tensors and the values of what else it takes.
+
+    Its arguments are positional and, but for tensors, hashable.
+    """
+    plans: dict[tuple[Any, ...], R] = {}
+
+    @wraps(make)
+    def plan(*args: P.args, **kwargs: P.kwargs) -> R:
+        key = tuple([form(x) if isinstance(x, Tensor) else x for x in args])
+        found = plans.get(key)
+        if found is None:
+            if len(plans) >= MOST_PLANS:
+                plans.clear()
+            found = plans[key] = make(*args, **kwargs)
+        return found
+
+    return plan
+
+
+class Launch:
+    """A kernel with all of its arguments but tensors.
+
+    Args:
+        kernel: whose parameters are tensors, then ``numbers``, then ``constants``.
+        grid: programs, one to three dimensions.
+        described: descriptors for the copy engine that stand in place of a tensor, by position;
+            those of later calls differ in the address only.
+        workspace: shapes of tensors that the launcher allocates, for its use.
+        constants: constexpr parameters and options such as num_warps.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: Sequence[Any],
+        *,
+        described: dict[int, Any] | None = None,
+        workspace: Sequence[tuple[int, ...]] = (),
+        **constants: Any,
+    ) -> None:
+        self.workspace = workspace
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._numbers = tuple(numbers)
+        self._constants = constants
+        # Without their tensors, which would live as long as the plan.
+        self._described = tuple((n, _moved(d, None)) for n, d in (described or {}).items())
+        self._run: Callable[..., None] | None = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        first = tensors[0]
+        assert first is not None
+        # Triton launches on the current device.
+        device = first.get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(tensors)
+        else:
+            self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
+        if self._described:
+            pointers = list(tensors)
+            for position, template in self._described:
+                pointers[position] = _moved(template, tensors[position])
+            tensors = tuple(pointers)
+        if self._run is not None:
+            self._run(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if isinstance(compiled, CompiledKernel):  # Triton's interpreter returns nothing
+            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            self._rest = (*self._numbers, *[self._constants[name] for name in names])
+            self._run = compiled[self._grid]
+
+
+def _moved(descriptor: Any, tensor: Tensor | None) -> Any:
+    """The descriptor of another tensor of the same form, without the checks of its constructor."""
+    moved = object.__new__(type(descriptor))
+    moved.__dict__.update(descriptor.__dict__, base=tensor)
+    return moved
