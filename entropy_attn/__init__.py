@@ -63,8 +63,9 @@ def __getattr__(name: str) -> Any:
         return import_module(f"entropy_attn.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'entropy_attn' has no attribute {name!r}")
-    module = import_module(f"entropy_attn.{_EXPORTS[name]}")
-    return getattr(module, name)
+    found = getattr(import_module(f"entropy_attn.{_EXPORTS[name]}"), name)
+    globals()[name] = found  # is found without this function from now on
+    return found
 
 
 def __dir__() -> list[str]:

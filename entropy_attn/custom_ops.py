@@ -2,9 +2,9 @@
 
 `torch.library.custom_op` wraps every call in Python that checks for aliases and, while gradients
 are recorded, goes through autograd even where an op has no gradient: tens of microseconds, as much
-as the launch of a small kernel. Here an op is its implementation and nothing else, and a call that nobody watches
-(no gradient, no tracing, no profiler) goes there without the dispatcher. That its outputs do not
-alias its inputs is what `torch.library.opcheck` tests.
+as the launch of a small kernel. Here an op is its implementation and nothing else, and a call that
+nobody watches (no gradient, no tracing, no profiler) goes there without the dispatcher. That its
+outputs do not alias its inputs is what `torch.library.opcheck` tests.
 
 Ops that write to their arguments stay with `torch.library.custom_op`, which keeps autograd's
 version counters right.
@@ -48,9 +48,8 @@ class CustomOp:
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
-        if _is_unwatched() and all(_is_plain(x) for x in args):
-            return self._function(*args)
-        return self.overload(*args)
+        call = self._function if _is_unwatched() and _are_plain(args) else self.overload
+        return call(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Shapes and dtypes of the outputs, for tracing."""
@@ -85,11 +84,12 @@ def _is_unwatched() -> bool:
     )
 
 
-def _is_plain(x: Any) -> bool:
-    """Not a tensor, or one without a subclass's behaviour and without a gradient to record."""
-    if not isinstance(x, Tensor):
-        return True
-    return type(x) in (Tensor, Parameter) and not (x.requires_grad and torch.is_grad_enabled())
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether the tensors have no subclass's behaviour and no gradient to record."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if any(type(x) not in (Tensor, Parameter) for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:

@@ -24,6 +24,7 @@ class MinLength:
     def __init__(self, config: SparsityConfig) -> None:
         self.config = config
         self.key = key_of(self)
+        self._known: dict[tuple[object, ...], Crossover | None] = {}
 
     def __reduce__(self) -> tuple[type[MinLength], tuple[SparsityConfig]]:
         return MinLength, (self.config,)  # a copy has a key of its own
@@ -56,13 +57,22 @@ class MinLength:
         faster = beats_dense(starts, batch * heads, q_len, seen)
         return None if faster else reason
 
+    def crossover(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
+    ) -> Crossover | None:
+        """`expected_crossover`, worked out once for each kind of call."""
+        kind = (device, dtype, head_dim, is_causal)
+        if kind not in self._known:
+            self._known[kind] = expected_crossover(self.config, *kind)
+        return self._known[kind]
+
 
 @torch.compiler.assume_constant_result
 def _crossover(
     key: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
 ) -> tuple[tuple[tuple[int, int, int], ...], str] | None:
-    """`expected_crossover` for the `MinLength` of a key, as what is constant to torch.compile."""
-    found = expected_crossover(find(key).config, device, dtype, head_dim, is_causal)
+    """`crossover` of the `MinLength` of a key, as what is constant to torch.compile."""
+    found = find(key).crossover(device, dtype, head_dim, is_causal)
     return None if found is None else (found.starts, found.reason)
 
 

@@ -31,7 +31,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _like_query(query: Tensor, backend: str) -> Tensor:
-    """What the output is for a fake: as the query lies, so that (B, N, H, D) stays in that order."""
+    """The output of a fake: laid out as the query, as models want it that keep (B, N, H, D)."""
     return query.new_empty(query.shape) if backend == "reference" else torch.empty_like(query)
 
 

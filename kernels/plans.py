@@ -52,13 +52,14 @@ def planned(make: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(make)
     def plan(*args: P.args, **kwargs: P.kwargs) -> R:
+        assert not kwargs, "a plan is found by its positional arguments"
         key = tuple([form(x) if isinstance(x, Tensor) else x for x in args])
-        found = plans.get(key)
-        if found is None:
+        try:
+            return plans[key]
+        except KeyError:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            found = plans[key] = make(*args, **kwargs)
-        return found
+            return plans.setdefault(key, make(*args, **kwargs))
 
     return plan
 

@@ -32,9 +32,9 @@ OWN = {"sm90": {"order_kernel", "backward_kernel"}}
 
 
 def jit_functions() -> set[str]:
-    """The kernels that launchers start, found in their sources: those called with a grid."""
+    """The kernels that launchers start, found in their sources: with a grid, or as a `Launch`."""
     folder = HARNESS.parent.parent / "kernels"
-    launched = re.compile(r"\b_(\w+_kernel)\[\(")
+    launched = re.compile(r"\b_(\w+_kernel)(?:\[\(|, \()")
     return {name for path in folder.rglob("*.py") for name in launched.findall(path.read_text())}
 
 

@@ -23,7 +23,7 @@ OPTIONAL = (
 )  # fmt: skip
 
 HELPERS = (
-    "entropy_attn.kernels.primitives", "entropy_attn.kernels.launch",
+    "entropy_attn.kernels.primitives", "entropy_attn.kernels.launch", "entropy_attn.kernels.plans",
     "entropy_attn.kernels.range_primitives",
 )  # fmt: skip
 PLAIN = ("entropy_attn.reference",)
@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.kernels": HELPERS,
     "entropy_attn.kernels.primitives": (),
     "entropy_attn.kernels.launch": (),
+    "entropy_attn.kernels.plans": (),
     "entropy_attn.kernels.hopper": (*HELPERS, "entropy_attn.kernels.hopper"),
     "entropy_attn.kernels.hopper.primitives": (),
     "entropy_attn.reference": PLAIN,

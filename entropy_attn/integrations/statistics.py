@@ -15,6 +15,8 @@ from entropy_attn.masks import BlockMask
 from entropy_attn.traced import find, key_of
 
 SPARSE, DECODED = "sparse", "decoded"
+# Masks, and their rows in all, that a layer keeps until they are added up.
+MOST_MASKS, MOST_COUNTS = 64, 2**16
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Recorder:
         self.compiled: Counter[str] = Counter()
         self.kv_len: tuple[int, int] | None = None
         self._kept: Tensor | None = None
+        self._masks: list[tuple[Tensor, int]] = []  # not yet in _kept
         self._visible: Tensor | float = 0
         if self._totals is not None:
             self._totals.zero_()  # a captured graph may go on adding to it
@@ -147,17 +150,32 @@ class Recorder:
     @torch.no_grad()
     def density(self, mask: BlockMask, batch: int, heads: int, visible: Tensor | int) -> None:
         """Add a block mask; ``visible`` is the number of blocks with a visible pair, one head."""
-        mask_batch, mask_heads = mask.kv_num_blocks.shape[:2]
-        kept = mask.kv_num_blocks.sum(dtype=torch.float64)
-        kept = kept * ((batch // mask_batch) * (heads // mask_heads))
-        self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
+        counts = mask.kv_num_blocks
+        times = (batch // counts.shape[0]) * (heads // counts.shape[1])
+        self._masks.append((counts, times))
         self._visible = self._visible + visible * heads
+        # Each sum is launches that a small model would wait for. But what a captured graph writes
+        # is only there until the graph runs again.
+        few = len(self._masks) < MOST_MASKS and counts.numel() * len(self._masks) < MOST_COUNTS
+        if not few or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._add_up()
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        alike: dict[tuple[torch.device, int], list[Tensor]] = {}
+        for counts, times in self._masks:
+            alike.setdefault((counts.device, times), []).append(counts.flatten())
+        self._masks = []
+        for (_, times), rows in alike.items():
+            kept = torch.cat(rows).sum(dtype=torch.float64) * times
+            self._kept = kept if self._kept is None else self._kept + kept.to(self._kept.device)
 
     def read(self, name: str) -> LayerStatistics:
         """Waits for the device."""
         ran_sparse = (SPARSE, DECODED)
         dense = {reason: n for reason, n in self.calls.items() if reason not in ran_sparse}
         density = None
+        self._add_up()
         if self._kept is not None:
             density = float(self._kept) / max(float(self._visible), 1.0)
         kept, visible = (0, 0) if self._totals is None else self._totals.tolist()

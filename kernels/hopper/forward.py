@@ -452,7 +452,20 @@ def unsupported(
     window: int = 0,
 ) -> str | None:
     """Why this kernel cannot take a call, or None if it can. Never waits for the device."""
-    if architecture(query.device) != "sm90":
+    return _unsupported(query, key, value, block_size, scale, window, architecture(query.device))
+
+
+@planned
+def _unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: tuple[int, int],
+    scale: float,
+    window: int,
+    arch: str,
+) -> str | None:
+    if arch != "sm90":
         return "it is written for sm_90"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes fp16 and bf16, not {query.dtype}"
