@@ -114,6 +114,12 @@ class Compiler:
         start, log = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.warmup(*args, grid=(1,), **kwargs)
+        overwritten = overwritten_barriers(compiled.asm.get("ptx", ""))
+        if overwritten:
+            raise RuntimeError(
+                f"{compiled.metadata.name}: the memory of mbarriers at {sorted(overwritten)} is used "
+                "for something else too, though the hardware may write their state at any time"
+            )
         # A kernel that was compiled before in this process comes without a report.
         if compiled.hash not in self._resources:
             self._resources[compiled.hash] = _resources(compiled, log.getvalue())
@@ -151,6 +157,28 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
         raise RuntimeError(f"the tensor cores' products wait for each other:\n{text[-2000:]}")
     used, spills = (int(match[1]) for match in numbers if match)
     return used, spills * bytes_each
+
+
+def overwritten_barriers(ptx: str) -> set[int]:
+    """Offsets in shared memory of mbarriers that plain loads and stores go to as well.
+
+    The compiler reuses the memory of a barrier after its last use, without invalidating it.
+    """
+    bases = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
+    offsets = dict.fromkeys(bases, 0)
+    for register, base, offset in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
+        if base in bases:
+            offsets[register] = int(offset)
+
+    def places(instruction: str) -> set[int]:
+        address = rf"{instruction}[\w.:]*\s[^;\[]*\[\s*(global_smem|%r\d+)(?:\s*\+\s*(\d+))?\s*\]"
+        found = set()
+        for base, offset in re.findall(address, ptx):
+            if base == "global_smem" or base in offsets:
+                found.add(offsets.get(base, 0) + int(offset or 0))
+        return found
+
+    return places(r"mbarrier\.init") & (places(r"ld\.shared") | places(r"st\.shared"))
 
 
 def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled]:

@@ -364,14 +364,20 @@ def _forward_kernel(
     dtype: gl.constexpr = out_desc.dtype
     out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    queries = ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS)
+    # No barrier that nobody uses: the compiler would take its memory for something else, and the
+    # hardware write the barrier's state over that, some time later.
+    pin = queries.full.index(0)
+    if PIN:
+        pin = barriers(1, 1).index(0)
     memory = Memory(
-        ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS),
+        queries,
         ring(key_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
         ring(value_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
         gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         out_boxes,
         out_boxes._reinterpret(dtype, [WARPGROUPS, ROWS, BLOCK_D], out_layout),
-        barriers(1, 1).index(0),
+        pin,
     )
     # The first partition is the program's own four warps.
     FIRST: gl.constexpr = 0

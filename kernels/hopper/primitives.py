@@ -216,7 +216,7 @@ class Memory:
         queries, keys, values: rings that the producer fills.
         items: (slots of the ring of queries, 4), what the item is: tile, last, full.
         out_boxes, out_tiles: (warpgroups, 64, D), results on their way out.
-        pin: a barrier of which phase 0 never completes.
+        pin: a barrier of which phase 0 never completes; not one of its own without `Problem.PIN`.
     """
 
     queries: Ring
