@@ -117,8 +117,8 @@ class Compiler:
         overwritten = overwritten_barriers(compiled.asm.get("ptx", ""))
         if overwritten:
             raise RuntimeError(
-                f"{compiled.metadata.name}: the memory of mbarriers at {sorted(overwritten)} is used "
-                "for something else too, though the hardware may write their state at any time"
+                f"{compiled.metadata.name}: the memory of mbarriers at {sorted(overwritten)} is "
+                "used for something else too, but the hardware may write their state at any time"
             )
         # A kernel that was compiled before in this process comes without a report.
         if compiled.hash not in self._resources:
@@ -162,7 +162,8 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
 def overwritten_barriers(ptx: str) -> set[int]:
     """Offsets in shared memory of mbarriers that plain loads and stores go to as well.
 
-    The compiler reuses the memory of a barrier after its last use, without invalidating it.
+    The compiler reuses the memory of a barrier after its last use, and only its own barriers are
+    invalidated before.
     """
     bases = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
     offsets = dict.fromkeys(bases, 0)
@@ -178,7 +179,8 @@ def overwritten_barriers(ptx: str) -> set[int]:
                 found.add(offsets.get(base, 0) + int(offset or 0))
         return found
 
-    return places(r"mbarrier\.init") & (places(r"ld\.shared") | places(r"st\.shared"))
+    barriers = places(r"mbarrier\.init") - places(r"mbarrier\.inval")
+    return barriers & (places(r"ld\.shared") | places(r"st\.shared"))
 
 
 def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from poison import poison_memory
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -95,25 +96,4 @@ def forbid_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty returns, so that an output nobody wrote cannot look right."""
-
-    def poison(function):
-        def filled(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            if tensor.device.type == "meta" or torch.compiler.is_compiling():
-                return tensor
-            if isinstance(tensor, torch._subclasses.FakeTensor):
-                return tensor
-            with torch.no_grad():
-                if tensor.is_floating_point():
-                    tensor.fill_(float("nan"))
-                elif tensor.dtype in (torch.int32, torch.int64):
-                    tensor.fill_(2**30 + 7)
-            return tensor
-
-        return filled
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+    poison_memory(monkeypatch.setattr)

@@ -5,7 +5,8 @@
 Each problem is solved by the reference in fp64 and in its own dtype; the kernels may be twice as
 far from the truth as the latter is, and an epsilon. Then the launches are repeated: outputs,
 entropies, dK and dV must be the same bits each time, dQ only where its sum has a fixed order.
-Calls are sent to the kernel of this GPU's architecture whatever their size.
+Calls are sent to the kernel of this GPU's architecture whatever their size. New memory is filled
+with NaN: else it may hold the right answer of the launch before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from poison import poison_memory
 from torch import Tensor
 
 import entropy_attn as ea
@@ -137,6 +139,7 @@ def adds_in_any_order(problem: Problem) -> bool:
 
 def check(problem: Problem, backend: str, repeats: int) -> list[str]:
     """What is wrong in any of some launches of a problem."""
+    poison_memory()
     ops.SMALL = ops.SMALL_NARROW = ops.SMALL_BACKWARD = 0
     truth = solve(problem, "reference", torch.float64)
     rounded = solve(problem, "reference")

@@ -203,6 +203,39 @@ def test_kept_order_and_many_launches():
     assert order[-1, 0] == 0
 
 
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pin", [False, True])
+def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
+    """Items of one block each, as many programs as fit: the producers are far ahead.
+
+    The compiler once gave the memory of an unused barrier to the value that a producer had claimed.
+    """
+    from entropy_attn.kernels.hopper.forward import HopperConfig, hopper_forward
+
+    shape, scale = (64, 12, 576, head_dim), head_dim**-0.5
+    query, key, value = torch.randn(3, *shape, device="cuda", dtype=torch.bfloat16)
+    mask = ea.select_blocks(query, key, block_size=block, budget=ea.TopK(count=1), sink=0, local=0)
+    lists = mask.kv_num_blocks, mask.kv_indices
+    expected = ea.block_sparse_attention(query, key, value, mask)
+    for stages in (2, 3, 4):
+        for programs in (1, 2, 3):
+            # Rings of keys and values, two blocks of queries and one of results.
+            shared = programs * (2 * stages + 3) * block * head_dim * 2
+            if shared > 226 * 1024 or (programs > 1 and block > 64):
+                continue  # does not fit
+            config = HopperConfig(block, block // 64, stages, programs, pin=pin)
+            for _ in range(5):
+                order = work_order(query, key, *lists, (block, block), block, False, 50 << 20)
+                out, *_ = hopper_forward(
+                    query, key, value, *lists, (block, block), False, scale, config, order
+                )
+                assert order[-1, 0] == 0
+                assert (out - expected).abs().max() < 0.05  # the same sums, rounded
+
+
 def test_so_many_tiles_are_not_all_compared():
     assert heads_together(64, 1, 8192, 512, 64, 2, 50 << 20) == 2
     assert heads_together(64, 1, 100_000, 512, 64, 2, 50 << 20) == 1

@@ -28,7 +28,6 @@ where K of step s and V of step s - 1 are used together; the end is an item with
 last product needs no branch.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -44,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from entropy_attn.kernels.hopper.config import REGISTERS, HopperConfig, hopper_config
 from entropy_attn.kernels.hopper.order import work_order
 from entropy_attn.kernels.hopper.primitives import (
     ROWS,
@@ -401,44 +401,6 @@ def _forward_kernel(
             [1],
             [PRODUCER_REGISTERS],
         )
-
-
-# Of a thread: at launch (None is all there are), in a warpgroup and in the producer, which takes a
-# warpgroup's share for its one warp; by programs a multiprocessor, which has 512 times 128 of them.
-REGISTERS = {1: (None, 240, 24), 2: (128, 216, 40), 3: (80, 128, 32)}
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """How the kernel is built.
-
-    Attributes:
-        block_n: keys a step, one block or two.
-        warpgroups: of 64 queries each; they share a block of queries.
-        stages: slots of the rings of keys and of values.
-        programs: a multiprocessor; more than one only with one warpgroup each.
-        ping_pong: the warpgroups take turns at the tensor cores.
-        query_registers: queries are operands from registers instead of shared memory.
-        pin: keep ptxas from waiting for P V before the exponentials.
-    """
-
-    block_n: int
-    warpgroups: int
-    stages: int
-    programs: int = 1
-    ping_pong: bool = True
-    query_registers: bool = False
-    pin: bool = False
-
-
-def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
-    """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
-    is_wide = head_dim > 64
-    if block_size[0] < 128:
-        return HopperConfig(64 if is_wide else 128, 1, 2, programs=2, ping_pong=False)
-    if is_wide:
-        return HopperConfig(128, 2, 2, pin=True)
-    return HopperConfig(128, 2, 4, ping_pong=False, pin=True)
 
 
 @cache

@@ -1,0 +1,43 @@
+"""How the forward kernel for sm_90 is built, and what was measured to be best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of a thread: at launch (None is all there are), in a warpgroup and in the producer, which takes a
+# warpgroup's share for its one warp; by programs a multiprocessor, which has 512 times 128 of them.
+REGISTERS = {1: (None, 240, 24), 2: (128, 216, 40), 3: (80, 128, 32)}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How the kernel is built.
+
+    Attributes:
+        block_n: keys a step, one block or two.
+        warpgroups: of 64 queries each; they share a block of queries.
+        stages: slots of the rings of keys and of values.
+        programs: a multiprocessor; more than one only with one warpgroup each.
+        ping_pong: the warpgroups take turns at the tensor cores.
+        query_registers: queries are operands from registers instead of shared memory.
+        pin: keep ptxas from waiting for P V before the exponentials.
+    """
+
+    block_n: int
+    warpgroups: int
+    stages: int
+    programs: int = 1
+    ping_pong: bool = True
+    query_registers: bool = False
+    pin: bool = False
+
+
+def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
+    """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
+    is_wide = head_dim > 64
+    if block_size[0] < 128:
+        programs, stages = (2, 2) if is_wide else (3, 3)
+        return HopperConfig(64, 1, stages, programs, ping_pong=False)
+    if is_wide:
+        return HopperConfig(128, 2, 2, pin=True)
+    return HopperConfig(128, 2, 4, ping_pong=False, pin=True)
