@@ -12,7 +12,7 @@ version counters right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from typing import Any
 
@@ -48,7 +48,7 @@ class CustomOp:
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
-        call = self._function if _is_unwatched() and _are_plain(args) else self.overload
+        call = self._function if is_unwatched(args) else self.overload
         return call(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,19 +73,22 @@ class CustomOp:
         self.register_autograd(backward)
 
 
-def _is_unwatched() -> bool:
-    """Whether the dispatcher would do nothing but call the implementation, given plain tensors."""
+def is_unwatched(args: Iterable[Any]) -> bool:
+    """Whether the dispatcher would do nothing with a call but to run the implementation.
+
+    That is: no tracing, no mode, no profiler, no subclass of tensors, no gradient to record.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
         and not torch.autograd._profiler_enabled()
+        and _are_plain(args)
     )
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether the tensors have no subclass's behaviour and no gradient to record."""
+def _are_plain(args: Iterable[Any]) -> bool:
     tensors = [x for x in args if isinstance(x, Tensor)]
     if any(type(x) not in (Tensor, Parameter) for x in tensors):
         return False

@@ -8,11 +8,14 @@ checks them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropy_attn.custom_ops import custom_op
+from entropy_attn.kernels.plans import planned as planned
 from entropy_attn.reference import attention as reference
 
 # The forward kernels of the Triton backend.
@@ -23,6 +26,9 @@ PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # faster, the order of its work included. Where head_dim is at most 64 it takes more of them.
 SMALL, SMALL_NARROW = 2**28, 2**31
 SMALL_BACKWARD = 2**29
+
+# Of a call: query, key, value, q_lens and kv_lens to what it returns.
+Launches = Callable[..., tuple[Tensor, Tensor]]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,6 +127,13 @@ def backward_kernel(
     if query.shape[:3].numel() * key.shape[2] < SMALL_BACKWARD:
         return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
+
+
+def plan_prefill(*args: Any, **options: Any) -> Launches:
+    """`entropy_attn.kernels.prefill.plan_prefill`: selection and attention as prepared launches."""
+    from entropy_attn.kernels import prefill
+
+    return prefill.plan_prefill(*args, **options)
 
 
 @custom_op("attention_forward")

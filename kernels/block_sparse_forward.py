@@ -321,7 +321,7 @@ def block_sparse_forward(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
-    launch = _plan(
+    launch = plan_forward(
         query, key, value, counts, indices, kv_lens, q_lens, out.stride(), block_size, is_causal,
         window, scale, row_entropy, block_entropy, config, architecture(query.device),
         dot_precision(query.dtype),
@@ -331,7 +331,7 @@ def block_sparse_forward(
 
 
 @planned
-def _plan(
+def plan_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,

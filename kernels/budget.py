@@ -235,7 +235,7 @@ def keep_tiles(
     if kv_blocks == 0:
         return counts.zero_(), indices
     mass = mass.contiguous()
-    launch = _plan(
+    launch = plan_lists(
         mass, q_lens, kv_lens, q_len, kv_len, block_size, is_causal, window, sink, local, rule,
         amount, min_blocks, max_density, width, first_tile,
     )  # fmt: skip
@@ -244,7 +244,7 @@ def keep_tiles(
 
 
 @planned
-def _plan(
+def plan_lists(
     mass: Tensor,
     q_lens: Tensor | None,
     kv_lens: Tensor | None,

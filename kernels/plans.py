@@ -24,7 +24,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,6 +115,8 @@ class Launch:
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return
+        from triton.compiler import CompiledKernel  # plans of what runs without it need it not
+
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter returns nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]

@@ -179,14 +179,14 @@ def _pool(
     key_out = torch.empty(kv_shape, dtype=dtype, device=device)
     shape = (0,) if spread is None else kv_shape[:3]
     spreads = torch.empty(shape, dtype=torch.float32, device=device)
-    launch = _plan(query, key, q_lens, kv_lens, pool, spread)
+    launch = plan_pooling(query, key, q_lens, kv_lens, pool, spread)
     if launch is not None:
         launch(query, key, query_out, key_out, spreads, q_lens, kv_lens)
     return query_out, key_out, spreads
 
 
 @planned
-def _plan(
+def plan_pooling(
     query: Tensor,
     key: Tensor,
     q_lens: Tensor | None,

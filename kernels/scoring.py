@@ -396,7 +396,7 @@ def score_tiles(
     mass = torch.empty(shape, dtype=torch.float32, device=query.device)
     if mass.numel() == 0:
         return mass
-    launch = _plan(
+    launch = plan_scores(
         query, key, spreads, q_lens, kv_lens, q_len, kv_len, group, taps, take_maximum, block_size,
         is_causal, window, scale, first_tile, tiles, config, architecture(query.device),
         dot_precision(query.dtype),
@@ -409,7 +409,7 @@ def score_tiles(
 
 
 @planned
-def _plan(
+def plan_scores(
     query: Tensor,
     key: Tensor,
     spreads: Tensor | None,

@@ -85,16 +85,16 @@ def test_small_budget_changes_the_output(image):
 
 @torch.no_grad()
 def test_qkv_slices_are_not_copied(image, monkeypatch):
-    from entropy_attn.integrations import layer as layer_module
+    from entropy_attn import prefill
 
     seen = []
-    own = layer_module.block_sparse_attention
+    own = prefill.block_sparse_attention
 
     def spy(query, key, value, *args, **kwargs):
         seen.append((query, key, value))
         return own(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(layer_module, "block_sparse_attention", spy)
+    monkeypatch.setattr(prefill, "block_sparse_attention", spy)
     model = build("vit")
     with ea.apply(model, KEEP_ALL):
         model(image)

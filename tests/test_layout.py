@@ -35,7 +35,8 @@ MASKS = (
 API = (
     "entropy_attn.api", "entropy_attn.paged", "entropy_attn.selection", "entropy_attn.config",
     "entropy_attn.entropy", "entropy_attn.decoding",
-    "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.validation",
+    "entropy_attn.min_length", "entropy_attn.partition", "entropy_attn.prefill",
+    "entropy_attn.validation",
     "entropy_attn.errors", "entropy_attn.traced", "entropy_attn.autocast", "entropy_attn.reorder",
     *MASKS,
 )  # fmt: skip
@@ -51,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.kernels.primitives": (),
     "entropy_attn.kernels.launch": (),
     "entropy_attn.kernels.plans": (),
+    "entropy_attn.kernels.prefill": ("entropy_attn.kernels",),
     "entropy_attn.kernels.hopper": (*HELPERS, "entropy_attn.kernels.hopper"),
     "entropy_attn.kernels.hopper.primitives": (),
     "entropy_attn.reference": PLAIN,
@@ -63,6 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.testing": PLAIN,
     "entropy_attn.backend": ("entropy_attn.backend", "entropy_attn.errors"),
     "entropy_attn.ops": ("entropy_attn.kernels", "entropy_attn.block_lists", *MASKS, *OP, *PLAIN),
+    "entropy_attn.prefill": ("entropy_attn.ops", *API, *OP),
     "entropy_attn.selection.ops": ("entropy_attn.kernels", *OP, *PLAIN),
     "entropy_attn.decoding.ops": ("entropy_attn.kernels", *OP, *PLAIN),
     "entropy_attn.partition.ops": ("entropy_attn.kernels", *OP, *PLAIN),
@@ -84,7 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 MAY_VALIDATE = (
     "entropy_attn.api", "entropy_attn.paged", "entropy_attn.selection", "entropy_attn.config",
-    "entropy_attn.min_length",
+    "entropy_attn.min_length", "entropy_attn.prefill",
     "entropy_attn.masks", "entropy_attn.mask_formats", "entropy_attn.mask_patterns",
     "entropy_attn.integrations", "entropy_attn.partition", "entropy_attn.regularizer",
     "entropy_attn.reorder", "entropy_attn.geometry", "entropy_attn.decoding",

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from entropy_attn.api import block_sparse_attention
 from entropy_attn.config import SparsityConfig
 from entropy_attn.integrations.cache import CacheFollower
 from entropy_attn.integrations.call import AttentionCall
@@ -24,7 +23,8 @@ from entropy_attn.integrations.statistics import (
     note_traced,
 )
 from entropy_attn.min_length import MinLength
-from entropy_attn.selection import select_blocks
+from entropy_attn.prefill import attend_selected
+from entropy_attn.validation import check_block_size
 
 
 class Layer(Protocol):
@@ -105,23 +105,20 @@ class SparseLayer:
         config = self.config
         sink, local = config.always_kept
         call, back = self._arranged(call)
-        with torch.no_grad():
-            mask = select_blocks(
-                call.query,
-                call.key,
-                block_size=config.block_size,
-                scorer=config.scorer,
-                budget=config.budget,
-                sink=sink,
-                local=local,
-                backend=config.backend,
-                **call.geometry,
-            )
-        if not torch.compiler.is_compiling():
-            self._record_density(call, mask)
-        out = block_sparse_attention(
-            call.query, call.key, call.value, mask, **call.geometry, backend=config.backend
+        out, counts = attend_selected(
+            call.query,
+            call.key,
+            call.value,
+            block_size=config.block_size,
+            scorer=config.scorer,
+            budget=config.budget,
+            sink=sink,
+            local=local,
+            backend=config.backend,
+            **call.geometry,
         )
+        if not torch.compiler.is_compiling():
+            self._record_density(call, counts)
         return back(out)
 
     def _arranged(self, call: AttentionCall) -> tuple[AttentionCall, Callable[[Tensor], Tensor]]:
@@ -148,16 +145,16 @@ class SparseLayer:
         else:
             self.recorder.call(reason, call.kv_len)
 
-    def _record_density(self, call: AttentionCall, mask) -> None:
+    def _record_density(self, call: AttentionCall, counts: Tensor) -> None:
         batch, heads = call.query.shape[:2]
         visible = count_visible_blocks(
             batch,
             call.q_len,
             call.kv_len,
-            mask.block_size,
+            check_block_size(self.config.block_size),
             is_causal=call.is_causal,
             window=call.window,
             kv_lens=call.kv_lens,
             q_lens=call.q_lens,
         )
-        self.recorder.density(mask, batch, heads, visible)
+        self.recorder.density(counts, batch, heads, visible)

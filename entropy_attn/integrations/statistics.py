@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from entropy_attn.integrations.table import render
-from entropy_attn.masks import BlockMask
 from entropy_attn.traced import find, key_of
 
 SPARSE, DECODED = "sparse", "decoded"
@@ -148,9 +147,12 @@ class Recorder:
         self.kv_len = (min(low, kv_len), max(high, kv_len))
 
     @torch.no_grad()
-    def density(self, mask: BlockMask, batch: int, heads: int, visible: Tensor | int) -> None:
-        """Add a block mask; ``visible`` is the number of blocks with a visible pair, one head."""
-        counts = mask.kv_num_blocks
+    def density(self, counts: Tensor, batch: int, heads: int, visible: Tensor | int) -> None:
+        """Add the lists of a block mask, whose lengths are ``counts``.
+
+        Args:
+            visible: number of blocks with a visible pair, of one head.
+        """
         times = (batch // counts.shape[0]) * (heads // counts.shape[1])
         self._masks.append((counts, times))
         self._visible = self._visible + visible * heads

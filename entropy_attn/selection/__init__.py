@@ -96,7 +96,7 @@ def select_blocks(
         raise TypeError(f"scorer must be Envelope(), Pooled(), … or a callable, got {scorer!r}")
     query, key = follow_autocast(query, key)
     geometry = make_geometry(query, key, block_size, is_causal, kv_lens, q_lens, window)
-    rules = _Rules(budget, sink, local)
+    rules = Rules(budget, sink, local)
     scale = check.check_scale(scale, query.shape[3])
     query, key = query.detach(), key.detach()
     chosen = choose_backend(query, geometry, backend)
@@ -167,14 +167,14 @@ def keep_blocks(
         kv_lens=check.check_lens("kv_lens", kv_lens, mass),
         q_lens=check.check_lens("q_lens", q_lens, mass),
     )
-    rules = _Rules(budget, sink, local)
+    rules = Rules(budget, sink, local)
     chosen = choose_backend(mass, geometry, backend)
     mass = mass.detach()
     _assert_finite(mass)
     return _mask([rules.keep(mass, geometry, 0, chosen)], geometry)
 
 
-class _Rules:
+class Rules:
     """A checked budget with the blocks that are kept besides."""
 
     def __init__(self, budget: Budget | None, sink: int, local: int) -> None:
@@ -188,15 +188,29 @@ class _Rules:
         self, mass: Tensor, geometry: Geometry, first_tile: int, backend: str
     ) -> tuple[Tensor, Tensor]:
         """counts and indices of the tiles in ``mass``."""
+        return ops.keep_tiles(
+            mass, geometry.q_lens, geometry.kv_lens, geometry.q_len, geometry.kv_len,
+            *geometry.block_size, geometry.is_causal, geometry.window, *self.numbers(geometry),
+            first_tile, backend,
+        )  # fmt: skip
+
+    def numbers(self, geometry: Geometry) -> tuple[int, int, str, float, int, float, int]:
+        """As `keep_tiles` takes them: sink, local, rule, amount, min_blocks, max_density, width."""
         visible = most_visible(geometry)
         always = most_always_kept(geometry, self.sink, self.local)
         width = min(visible, self.budget.most(visible) + always)
-        return ops.keep_tiles(
-            mass, geometry.q_lens, geometry.kv_lens, geometry.q_len, geometry.kv_len,
-            *geometry.block_size, geometry.is_causal, geometry.window, self.sink, self.local,
-            *self.budget.rule, self.budget.min_blocks, self.budget.density_bound,
-            width, first_tile, backend,
+        budget = self.budget
+        return (
+            self.sink, self.local, *budget.rule, budget.min_blocks, budget.density_bound, width
         )  # fmt: skip
+
+
+def most_tiles(scorer: GroupScorer, query: Tensor, geometry: Geometry) -> int:
+    """How many tiles of queries the workspace allows at a time."""
+    rows = 1 + geometry.block_size[0] // scorer.group  # the mass, and one row a query group
+    tile_bytes = max(1, 4 * query.shape[0] * query.shape[1] * rows * geometry.kv_blocks)
+    chunk = max(WORKSPACE_BYTES, query.numel() * query.element_size()) // tile_bytes
+    return max(64, chunk)
 
 
 def _group_masses(
@@ -204,10 +218,7 @@ def _group_masses(
 ) -> Iterator[tuple[int, Tensor]]:
     """(first tile, mass) of as many tiles at a time as the workspace allows."""
     score = scorer.tile_scores(query, key, geometry, scale, backend)
-    rows = 1 + geometry.block_size[0] // scorer.group  # the mass, and one row a query group
-    tile_bytes = max(1, 4 * query.shape[0] * query.shape[1] * rows * geometry.kv_blocks)
-    chunk = max(WORKSPACE_BYTES, query.numel() * query.element_size()) // tile_bytes
-    chunk = max(64, chunk)
+    chunk = most_tiles(scorer, query, geometry)
     if geometry.q_tiles <= chunk:
         yield 0, score(0, geometry.q_tiles)
         return

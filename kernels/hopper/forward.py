@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from entropy_attn.kernels.hopper.config import REGISTERS, HopperConfig, hopper_config
-from entropy_attn.kernels.hopper.order import work_order
+from entropy_attn.kernels.hopper.order import plan_order, work_order
 from entropy_attn.kernels.hopper.primitives import (
     ROWS,
     Memory,
@@ -508,7 +508,7 @@ def hopper_forward(
             query, key, counts, indices, block_size, ROWS.value * config.warpgroups, is_causal,
             l2_bytes, kv_lens, q_lens,
         )  # fmt: skip
-    launch = _plan(
+    launch = plan_forward(
         query, key, value, out, counts, indices, kv_lens, q_lens, order.shape[0] - 1, block_size,
         is_causal, scale, row_entropy, block_entropy, config, multiprocessors,
     )  # fmt: skip
@@ -518,8 +518,36 @@ def hopper_forward(
     return out, lse, row, block
 
 
+def plan_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    scale: float,
+) -> tuple[Launch, Launch, int]:
+    """The launches of the order and of the kernel without entropies, and the number of items."""
+    config = hopper_config(query.shape[3], block_size)
+    block_m = ROWS.value * config.warpgroups
+    items = query.shape[0] * query.shape[1] * ceil_div(query.shape[2], block_m)
+    multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
+    order = plan_order(
+        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
+    )
+    forward = plan_forward(
+        query, key, value, out, counts, indices, kv_lens, q_lens, items, block_size, is_causal,
+        scale, False, False, config, multiprocessors,
+    )  # fmt: skip
+    return order, forward, items
+
+
 @planned
-def _plan(
+def plan_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,

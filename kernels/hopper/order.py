@@ -181,7 +181,7 @@ def work_order(
     tiles = ceil_div(query.shape[2], block_m)
     rows = query.shape[0] * query.shape[1] * tiles + 1
     items = torch.empty((rows, 4), dtype=torch.int32, device=query.device)
-    launch = _plan(
+    launch = plan_order(
         query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
     )
     launch(items, counts, indices, kv_lens, q_lens)
@@ -189,7 +189,7 @@ def work_order(
 
 
 @planned
-def _plan(
+def plan_order(
     query: Tensor,
     key: Tensor,
     counts: Tensor | None,
