@@ -114,12 +114,9 @@ class Compiler:
         start, log = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.warmup(*args, grid=(1,), **kwargs)
-        overwritten = overwritten_barriers(compiled.asm.get("ptx", ""))
-        if overwritten:
-            raise RuntimeError(
-                f"{compiled.metadata.name}: the memory of mbarriers at {sorted(overwritten)} is "
-                "used for something else too, but the hardware may write their state at any time"
-            )
+        unused = unused_barriers(compiled.asm["ttgir"])
+        if unused:
+            raise RuntimeError(f"{compiled.metadata.name}: nobody uses the mbarriers {unused}")
         # A kernel that was compiled before in this process comes without a report.
         if compiled.hash not in self._resources:
             self._resources[compiled.hash] = _resources(compiled, log.getvalue())
@@ -159,28 +156,24 @@ def _resources(compiled: Any, log: str) -> tuple[int, int]:
     return used, spills * bytes_each
 
 
-def overwritten_barriers(ptx: str) -> set[int]:
-    """Offsets in shared memory of mbarriers that plain loads and stores go to as well.
+def unused_barriers(ttgir: str) -> list[str]:
+    """mbarriers that are initialised and never used or invalidated.
 
-    The compiler reuses the memory of a barrier after its last use, and only its own barriers are
-    invalidated before.
+    The compiler gives their memory to something else, and the hardware, which keeps their state,
+    may write it over that long after.
     """
-    bases = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx))
-    offsets = dict.fromkeys(bases, 0)
-    for register, base, offset in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx):
-        if base in bases:
-            offsets[register] = int(offset)
-
-    def places(instruction: str) -> set[int]:
-        address = rf"{instruction}[\w.:]*\s[^;\[]*\[\s*(global_smem|%r\d+)(?:\s*\+\s*(\d+))?\s*\]"
-        found = set()
-        for base, offset in re.findall(address, ptx):
-            if base == "global_smem" or base in offsets:
-                found.add(offsets.get(base, 0) + int(offset or 0))
-        return found
-
-    barriers = places(r"mbarrier\.init") - places(r"mbarrier\.inval")
-    return barriers & (places(r"ld\.shared") | places(r"st\.shared"))
+    found = []
+    for barrier in re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\w+xi64", ttgir):
+        names, is_used = {barrier}, False
+        for line in ttgir.splitlines():
+            view = re.match(r"\s*(%\w+) = ttg\.memdesc_index (%\w+)\[", line)
+            if view:
+                names |= {view[1]} if view[2] in names else set()
+            elif "init_barrier" not in line and f"{barrier} = " not in line:
+                is_used |= not names.isdisjoint(re.findall(r"%\w+", line))
+        if not is_used:
+            found.append(barrier)
+    return found
 
 
 def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from compile_cases import cases_of
-from compile_only import KIB, SHARED_MEMORY, TARGETS
+from compile_only import KIB, SHARED_MEMORY, TARGETS, unused_barriers
 
 pytest.importorskip("triton")
 
@@ -69,3 +69,15 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     assert not too_large, f"{arch} has {limit / KIB:.0f} KiB: {too_large}"
     # A kernel that the compiler gave up on is a trap; it takes four registers.
     assert all(each["registers"] > 8 for each in compiled)
+
+
+def test_unused_barriers_are_found():
+    used = """
+    %bars = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    %slot = ttg.memdesc_index %bars[%c0] : !ttg.memdesc<2x1xi64> -> !ttg.memdesc<1xi64>
+    ttng.init_barrier %slot, 1 : !ttg.memdesc<1xi64>
+    """
+    assert unused_barriers(used + "ttng.wait_barrier %slot, %phase") == []
+    assert unused_barriers(used + "ttg.warp_specialize(%query, %bars) attributes {}") == []
+    assert unused_barriers(used + "ttng.wait_barrier %slot_1, %phase") == ["%bars"]
+    assert unused_barriers(used.replace("xi64", "xf32")) == []

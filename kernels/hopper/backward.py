@@ -308,7 +308,7 @@ def _backward_kernel(
         IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
-    keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 2)
+    keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 0)
     piece_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], dtype)
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], dtype)
     scores = gl.allocate_shared_memory(dtype, [4, KEYS, BLOCK_M], score_layout)
@@ -318,7 +318,7 @@ def _backward_kernel(
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
     buffers = Buffers(
         keys,
-        ring(value_desc, 1, 2, KEYS, BLOCK_D, 2),
+        ring(value_desc, 1, 2, KEYS, BLOCK_D, 0),
         ring(query_desc, STAGES, 2, BLOCK_M, BLOCK_D, 2),
         row_boxes,
         row_boxes._reinterpret(

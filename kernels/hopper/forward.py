@@ -365,9 +365,7 @@ def _forward_kernel(
     out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
     queries = ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS)
-    # No barrier that nobody uses: the compiler would take its memory for something else, and the
-    # hardware write the barrier's state over that, some time later.
-    pin = queries.full.index(0)
+    pin = queries.full.index(0)  # no barrier that nobody uses: see `ring`
     if PIN:
         pin = barriers(1, 1).index(0)
     memory = Memory(

@@ -182,7 +182,12 @@ def ring(
     descriptor, SLOTS: gl.constexpr, TILES: gl.constexpr, TILE: gl.constexpr,
     BLOCK_D: gl.constexpr, READERS: gl.constexpr,
 ):  # fmt: skip
-    """A ring whose slots hold TILES tiles of (TILE, D), filled by boxes of the descriptor."""
+    """A ring whose slots hold TILES tiles of (TILE, D), filled by boxes of the descriptor.
+
+    READERS: warpgroups that release a slot; 0 where a slot is filled once and never again. Then
+    there is no barrier for it: the compiler would give the memory of a barrier that nobody uses to
+    something else, and the hardware may write the barrier's state over that long after.
+    """
     dtype: gl.constexpr = descriptor.dtype
     rows: gl.constexpr = descriptor.block_type.shape[2]
     columns: gl.constexpr = descriptor.block_type.shape[3]
@@ -190,7 +195,11 @@ def ring(
     boxes = gl.allocate_shared_memory(dtype, [count, 1, 1, rows, columns], descriptor.layout)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK_D], dtype)
     tiles = boxes._reinterpret(dtype, [SLOTS * TILES, TILE, BLOCK_D], layout)
-    return Ring(boxes, tiles, barriers(SLOTS, 1), barriers(SLOTS, READERS), SLOTS)
+    full = barriers(SLOTS, 1)
+    empty = full
+    if READERS > 0:
+        empty = barriers(SLOTS, READERS)
+    return Ring(boxes, tiles, full, empty, SLOTS)
 
 
 # What the partitions share
