@@ -132,12 +132,14 @@ class Suite:
     Attributes:
         trains: it consists of training runs, which processes may share.
         measures_cpu: it measures the CPU, whether there is a GPU or not.
+        has_cases: it consists of cases of which some can be run; see `Context.left`.
     """
 
     name: str
     summary: str
     trains: bool = False
     measures_cpu: bool = False
+    has_cases: bool = True
 
     def run(self, context: Context) -> Iterator[Row]:
         module = import_module(f"entropy_attn.benchmarks.suites.{self.name}")
@@ -160,6 +162,7 @@ SUITES: dict[str, Suite] = {
             "finetune",
             "perplexity against density of SmolLM2 fine-tuned with regularizers",
             trains=True,
+            has_cases=False,
         ),
         Suite("crossover", "where sparse attention with its selection beats the best dense one"),
         Suite("quality", "perplexity of a real language model against density"),
@@ -167,12 +170,17 @@ SUITES: dict[str, Suite] = {
             "vision",
             "small vision transformers by regularizer: sparse, corrupted, and where they look",
             trains=True,
+            has_cases=False,
         ),
         Suite(
             "geometry",
             "convex hulls, orders of points by entropy, and the triangulations that they speed up",
             measures_cpu=True,
         ),
-        Suite("demo", "SmolLM2-135M on real prose, dense and sparse: table and pictures"),
+        Suite(
+            "demo",
+            "SmolLM2-135M on real prose, dense and sparse: table and pictures",
+            has_cases=False,
+        ),
     )
 }

@@ -69,8 +69,9 @@ VIT = Shown(
     lambda c: vit.attentions("full", _library(c)),
 )  # fmt: skip
 LLM = Shown(
-    "llm", "tokens_per_s", "tokens/s", lambda c: f"{c['model']}, {c['tokens'] // 1024}k",
-    lambda c: (list(llm.MODELS).index(c["model"]), c["tokens"]),
+    "llm", "tokens_per_s", "tokens/s",
+    lambda c: f"{c['model']}, {c['tokens'] // 1024}k" + (llm.GRAPH if "captured" in c else ""),
+    lambda c: (list(llm.MODELS).index(c["model"]), c["tokens"], "captured" in c),
     lambda c: llm.attentions("full"),
 )  # fmt: skip
 DECODING = Shown(

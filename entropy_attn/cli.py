@@ -106,6 +106,12 @@ def bench(
     if part != Share() and not all(SUITES[name].trains for name in names):
         able = ", ".join(each.name for each in SUITES.values() if each.trains)
         raise typer.BadParameter(f"--share is for the suites {able}; others measure speed")
+    whole = [name for name in names if not SUITES[name].has_cases]
+    if only and whole:
+        raise typer.BadParameter(
+            f"--only chooses cases, and {', '.join(whole)} has none to choose from: name another "
+            "suite, or leave --only out"
+        )
     for path in plugin or []:
         console.print(f"{path}: {', '.join(_load_plugin(path))}", markup=False, highlight=False)
     if resume and why_not() is not None:

@@ -177,6 +177,22 @@ def test_a_suite_goes_on_where_it_was_cut_off(invoke, cases, sources, tmp_path):
     assert "no case that is left to measure has '1' in its name" in nothing.output
 
 
+def test_only_is_refused_where_it_would_be_ignored(invoke, tmp_path):
+    for suite in ("vision", "finetune", "demo", "all"):
+        refused = invoke("bench", suite, "--only", "x", "--out", tmp_path)
+        assert refused.exit_code == 2
+        assert "--only chooses cases" in refused.output
+
+
+def test_suites_with_cases_ask_which_are_left():
+    from entropy_attn.benchmarks.registry import SUITES
+
+    folder = Path(__file__).parent.parent / "benchmarks" / "suites"
+    for suite in SUITES.values():
+        asks = ".left(" in (folder / f"{suite.name}.py").read_text()
+        assert asks == suite.has_cases, suite.name
+
+
 @pytest.mark.parametrize(("commit", "dirty"), [("abc", True), (None, None)])
 def test_what_no_commit_names_is_measured_again(invoke, cases, sources, tmp_path, commit, dirty):
     sources(commit, dirty)
