@@ -65,11 +65,13 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
                         "ping_pong": ping_pong, "query_registers": registers, "pin": pin,
                     }  # fmt: skip
     else:
-        changes["two blocks a step"] = {"block_n": 128, "stages": 2}
-        changes["two blocks a step, pin"] = {"block_n": 128, "stages": 2, "pin": True}
+        two_blocks = {"block_n": 128, "stages": 2, "programs": 2}
+        changes["two blocks a step"] = two_blocks
+        changes["two blocks a step, pin"] = {**two_blocks, "pin": True}
         changes["pin"] = {"pin": True}
         changes["query in registers"] = {"query_registers": True}
         changes["query in registers, pin"] = {"query_registers": True, "pin": True}
+        changes["two programs"] = {"programs": 2, "stages": 2}
         changes["three programs"] = {"programs": 3, "stages": 2}
     return _others(default, changes)
 

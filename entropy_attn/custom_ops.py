@@ -73,14 +73,21 @@ class CustomOp:
         self.register_autograd(backward)
 
 
+def laid_out_like(query: Tensor, backend: str) -> Tensor:
+    """An output for a fake: with the query's order of dimensions in memory, as kernels make it."""
+    return query.new_empty(query.shape) if backend == "reference" else torch.empty_like(query)
+
+
 def is_unwatched(args: Iterable[Any]) -> bool:
     """Whether the dispatcher would do nothing with a call but to run the implementation.
 
-    That is: no tracing, no mode, no profiler, no subclass of tensors, no gradient to record.
+    That is: no tracing, no mode, no profiler, no subclass of tensors, no gradient to record,
+    nothing that is negated when it is read. Kernels that others registered for an op do not count.
     """
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
         and not torch.autograd._profiler_enabled()
@@ -90,7 +97,7 @@ def is_unwatched(args: Iterable[Any]) -> bool:
 
 def _are_plain(args: Iterable[Any]) -> bool:
     tensors = [x for x in args if isinstance(x, Tensor)]
-    if any(type(x) not in (Tensor, Parameter) for x in tensors):
+    if any(type(x) not in (Tensor, Parameter) or x.is_neg() or x._is_zerotensor() for x in tensors):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

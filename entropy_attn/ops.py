@@ -8,14 +8,11 @@ checks them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_attn.custom_ops import custom_op
-from entropy_attn.kernels.plans import planned as planned
+from entropy_attn.custom_ops import custom_op, laid_out_like
 from entropy_attn.reference import attention as reference
 
 # The forward kernels of the Triton backend.
@@ -27,18 +24,10 @@ PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 SMALL, SMALL_NARROW = 2**28, 2**31
 SMALL_BACKWARD = 2**29
 
-# Of a call: query, key, value, q_lens and kv_lens to what it returns.
-Launches = Callable[..., tuple[Tensor, Tensor]]
-
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of lse, entropies and masses: fp32, and fp64 for fp64 inputs."""
     return reference.compute_dtype(dtype)
-
-
-def _like_query(query: Tensor, backend: str) -> Tensor:
-    """The output of a fake: laid out as the query, as models want it that keep (B, N, H, D)."""
-    return query.new_empty(query.shape) if backend == "reference" else torch.empty_like(query)
 
 
 def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
@@ -129,13 +118,6 @@ def backward_kernel(
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 
 
-def plan_prefill(*args: Any, **options: Any) -> Launches:
-    """`entropy_attn.kernels.prefill.plan_prefill`: selection and attention as prepared launches."""
-    from entropy_attn.kernels import prefill
-
-    return prefill.plan_prefill(*args, **options)
-
-
 @custom_op("attention_forward")
 def attention_forward(
     query: Tensor,
@@ -217,7 +199,7 @@ def _(
     tiles = (*query.shape[:2], -(-query.shape[2] // block_q))
     width = -(-key.shape[2] // block_k) if kv_indices is None else kv_indices.shape[3]
     has_mass = tile_entropy and keep_mass and backend != "reference"
-    out = query.new_empty(0) if value is None else _like_query(query, backend)
+    out = query.new_empty(0) if value is None else laid_out_like(query, backend)
     lse = query.new_empty(rows, dtype=dtype)
     row = query.new_empty(rows if row_entropy else (0,), dtype=dtype)
     block = query.new_empty(rows if block_entropy else (0,), dtype=dtype)
@@ -434,4 +416,4 @@ def _(
     block_k, is_causal, window, scale, backend,
 ):  # fmt: skip
     lse = query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
-    return _like_query(query, backend), lse
+    return laid_out_like(query, backend), lse

@@ -7,6 +7,7 @@ the next one of the same form: a small model would wait for the host to go throu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from entropy_attn import validation as check
 from entropy_attn.api import block_sparse_attention
 from entropy_attn.autocast import DEVICES
 from entropy_attn.custom_ops import is_unwatched
+from entropy_attn.kernels.plans import dot_precision, planned
 from entropy_attn.selection import Rules, most_tiles, select_blocks
-from entropy_attn.selection.budgets import Budget
+from entropy_attn.selection.budgets import Budget, Perplexity, TopK, TopP
 from entropy_attn.selection.geometry import choose_backend, make_geometry
 from entropy_attn.selection.scorers import Envelope, Pooled
+
+# Whose calls are kept; what a user derives from them may do anything.
+SCORERS, BUDGETS = (Pooled, Envelope), (TopK, TopP, Perplexity)
 
 
 def attend_selected(
@@ -46,10 +51,10 @@ def attend_selected(
         out (B, Hq, Nq, D), and how many blocks each list holds, (B, Hq, Mq) int32.
     """
     tensors = query, key, value, q_lens, kv_lens
-    if type(scorer) in (Pooled, Envelope) and _is_plain(tensors):
+    if type(scorer) in SCORERS and type(budget) in BUDGETS and _is_plain(tensors):
         launches = _plan(
             *tensors, block_size, scorer, budget, sink, local, backend, is_causal, scale, window,
-            torch.backends.cuda.matmul.allow_tf32, ops.SMALL, ops.SMALL_NARROW,
+            dot_precision(query.dtype), ops.SMALL, ops.SMALL_NARROW,
         )  # fmt: skip
         if launches is not None:
             return launches(*tensors)
@@ -73,7 +78,7 @@ def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-@ops.planned
+@planned
 def _plan(
     query: Tensor,
     key: Tensor,
@@ -90,7 +95,7 @@ def _plan(
     scale: float | None,
     window: int | None,
     *settings: Any,
-) -> ops.Launches | None:
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The launches of a call, or None where it takes the long way.
 
     Raises what `select_blocks` and `block_sparse_attention` raise; that is not kept.
@@ -112,7 +117,9 @@ def _plan(
     )
     if kernel == ops.DECODE:
         return None
-    return ops.plan_prefill(
+    from entropy_attn.kernels.prefill import plan_prefill
+
+    return plan_prefill(
         query, key, value, geometry.q_lens, geometry.kv_lens,
         (geometry.block_size, geometry.is_causal, geometry.window, scale),
         group=scorer.pool,

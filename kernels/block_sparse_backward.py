@@ -27,13 +27,13 @@ from entropy_attn.kernels.launch import (
     architecture,
     ceil_div,
     device_of,
-    dot_precision,
     has_copy_engine,
     list_strides,
     padded_head_dim,
     row_descriptor,
     tile_descriptor,
 )
+from entropy_attn.kernels.plans import dot_precision
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     block_start,

@@ -25,14 +25,13 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
-    dot_precision,
     exponent_scale,
     has_copy_engine,
     list_strides,
     padded_head_dim,
     tile_descriptor,
 )
-from entropy_attn.kernels.plans import Launch, planned
+from entropy_attn.kernels.plans import Launch, dot_precision, planned
 from entropy_attn.kernels.primitives import (
     LN_2,
     NO_SCORE,

@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from entropy_attn.kernels.plans import dot_precision
+
 # Arguments that differ from call to call. Triton compiles a kernel anew for values of 1 and for
 # multiples of 16, which gains nothing here: a new length must not cost seconds. Strides of lists
 # follow the lengths; they are single arguments, as the entries of a tuple are always specialised.
@@ -115,13 +117,6 @@ def padded_head_dim(head_dim: int) -> int:
 def exponent_scale(scale: float) -> float:
     """The factor that takes raw scores to exponents of 2."""
     return scale * math.log2(math.e)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products follow PyTorch's setting: TF32 only where the user allowed it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
 
 
 def list_strides(counts: Tensor | None, indices: Tensor | None) -> tuple[int, ...]:

@@ -28,8 +28,29 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# More combinations than a serving process meets in a while; then all are forgotten.
-MOST_PLANS = 4096
+# Of each function; more forms than a serving process meets in a while. The oldest is forgotten.
+MOST_PLANS = 1024
+_all_plans: list[dict[tuple[Any, ...], Any]] = []
+_MISSING = object()
+
+
+def forget_plans() -> None:
+    """Work everything out anew, after a change of what no key says (see `planned`)."""
+    for plans in _all_plans:
+        plans.clear()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products follow PyTorch's setting: TF32 only where the user allowed it."""
+    return "tf32" if dtype == torch.float32 and _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)
+    if setting is None:  # torch < 2.9; later ones raise here once the other setting is used
+        return matmul.allow_tf32
+    return (torch.backends.fp32_precision if setting == "none" else setting) == "tf32"
 
 
 def form(tensor: Tensor) -> tuple[Any, ...]:
@@ -45,26 +66,33 @@ def form(tensor: Tensor) -> tuple[Any, ...]:
 def planned(make: Callable[P, R]) -> Callable[P, R]:
     """Keep what ``make`` returns for the forms of its tensors and the values of what else it takes.
 
-    Its arguments are positional and, but for tensors, hashable.
+    Its arguments are positional and, but for tensors, hashable. What it raises is not kept.
+    Settings of torch and names of modules that it reads are not in the key: pass them, or call
+    `forget_plans`.
     """
-    plans: dict[tuple[Any, ...], R] = {}
+    plans: dict[tuple[Any, ...], Any] = {}
+    _all_plans.append(plans)
 
     @wraps(make)
     def plan(*args: P.args, **kwargs: P.kwargs) -> R:
         assert not kwargs, "a plan is found by its positional arguments"
         key = tuple([form(x) if isinstance(x, Tensor) else x for x in args])
-        try:
-            return plans[key]
-        except KeyError:
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
-            return plans.setdefault(key, make(*args, **kwargs))
+        found = plans.get(key, _MISSING)
+        if found is _MISSING:
+            found = make(*args, **kwargs)
+            while len(plans) >= MOST_PLANS:
+                plans.pop(next(iter(plans)), None)
+            plans[key] = found
+        return found
 
     return plan
 
 
 class Launch:
     """A kernel with all of its arguments but tensors.
+
+    The first launch on a device goes through Triton's `JITFunction`, later ones to the kernel that
+    it compiled. Launch hooks are called; what else it looks at in each call is not looked at again.
 
     Args:
         kernel: whose parameters are tensors, then ``numbers``, then ``constants``.
@@ -92,8 +120,9 @@ class Launch:
         self._constants = constants
         # Without their tensors, which would live as long as the plan.
         self._described = tuple((n, _moved(d, None)) for n, d in (described or {}).items())
-        self._run: Callable[..., None] | None = None
         self._rest: tuple[Any, ...] = ()
+        # By device, as a compiled kernel is loaded for one.
+        self._runs: dict[int, Callable[..., None]] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
@@ -102,18 +131,19 @@ class Launch:
         device = first.get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(tensors)
+                self._launch(device, tensors)
         else:
-            self._launch(tensors)
+            self._launch(device, tensors)
 
-    def _launch(self, tensors: tuple[Any, ...]) -> None:
+    def _launch(self, device: int, tensors: tuple[Any, ...]) -> None:
         if self._described:
             pointers = list(tensors)
             for position, template in self._described:
                 pointers[position] = _moved(template, tensors[position])
             tensors = tuple(pointers)
-        if self._run is not None:
-            self._run(*tensors, *self._rest)
+        run = self._runs.get(device)
+        if run is not None:
+            run(*tensors, *self._rest)
             return
         from triton.compiler import CompiledKernel  # plans of what runs without it need it not
 
@@ -121,7 +151,7 @@ class Launch:
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter returns nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._rest = (*self._numbers, *[self._constants[name] for name in names])
-            self._run = compiled[self._grid]
+            self._runs[device] = compiled[self._grid]
 
 
 def _moved(descriptor: Any, tensor: Tensor | None) -> Any:

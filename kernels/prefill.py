@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from entropy_attn.kernels.budget import plan_lists
-from entropy_attn.kernels.launch import architecture, ceil_div, dot_precision
-from entropy_attn.kernels.plans import Launch
+from entropy_attn.kernels.launch import architecture, ceil_div
+from entropy_attn.kernels.plans import Launch, dot_precision
 from entropy_attn.kernels.pooling import plan_pooling
 from entropy_attn.kernels.scoring import plan_scores
 
@@ -33,7 +33,7 @@ class Prefill:
     forward: Launch
     query_groups: Shape
     key_groups: Shape
-    spreads: Shape
+    spreads: Shape | None
     mass: Shape
     width: int
     items: int
@@ -50,14 +50,14 @@ class Prefill:
         dtype, device = query.dtype, query.device
         query_groups = torch.empty(self.query_groups, dtype=dtype, device=device)
         key_groups = torch.empty(self.key_groups, dtype=dtype, device=device)
-        spreads = torch.empty(self.spreads, dtype=torch.float32, device=device)
+        spreads = torch.empty(self.spreads or (0,), dtype=torch.float32, device=device)
         self.pool(query, key, query_groups, key_groups, spreads, q_lens, kv_lens)
 
         mass = torch.empty(self.mass, dtype=torch.float32, device=device)
         partial, row_lse = (
             torch.empty(shape, dtype=torch.float32, device=device) for shape in self.score.workspace
         )
-        given = spreads if len(self.spreads) > 1 else None
+        given = None if self.spreads is None else spreads
         self.score(query_groups, key_groups, given, mass, partial, row_lse, q_lens, kv_lens)
 
         tiles = self.mass[:3]
@@ -132,9 +132,9 @@ def plan_prefill(
     keep = plan_lists(mass, *lens, q_len, kv_len, block_size, is_causal, window, *budget, 0)
     order, items = None, 0
     if on_hopper:
-        from entropy_attn.kernels.hopper.forward import plan_call
+        from entropy_attn.kernels.hopper.forward import plan_attention
 
-        order, forward, items = plan_call(
+        order, forward, items = plan_attention(
             query, key, value, out, counts, indices, kv_lens, q_lens, block_size, is_causal,
             scale,
         )  # fmt: skip
@@ -148,6 +148,6 @@ def plan_prefill(
     return Prefill(
         pool, score, keep, order, forward,
         tuple(means.shape), tuple(groups.shape),
-        (0,) if spreads is None else tuple(spreads.shape),
+        None if spreads is None else tuple(spreads.shape),
         tuple(mass.shape), budget[-1], items,
     )  # fmt: skip

@@ -32,12 +32,11 @@ from torch import Tensor
 from entropy_attn.kernels.launch import (
     architecture,
     ceil_div,
-    dot_precision,
     exponent_scale,
     next_power_of_2,
     padded_head_dim,
 )
-from entropy_attn.kernels.plans import Launch, planned
+from entropy_attn.kernels.plans import Launch, dot_precision, planned
 from entropy_attn.kernels.primitives import (
     NO_SCORE,
     head_base,

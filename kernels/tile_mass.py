@@ -27,11 +27,11 @@ from entropy_attn.kernels.launch import (
     architecture,
     ceil_div,
     device_of,
-    dot_precision,
     exponent_scale,
     list_strides,
     padded_head_dim,
 )
+from entropy_attn.kernels.plans import dot_precision
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,

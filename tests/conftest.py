@@ -95,5 +95,13 @@ def forbid_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 @pytest.fixture(autouse=True)
+def fresh_plans() -> None:
+    """Tests change what plans depend on and no key says, such as functions of modules."""
+    from entropy_attn.kernels.plans import forget_plans
+
+    forget_plans()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_memory(monkeypatch.setattr)

@@ -213,7 +213,8 @@ def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
 
     The compiler once gave the memory of an unused barrier to the value that a producer had claimed.
     """
-    from entropy_attn.kernels.hopper.forward import HopperConfig, hopper_forward
+    from entropy_attn.kernels.hopper.config import HopperConfig
+    from entropy_attn.kernels.hopper.forward import hopper_forward
 
     shape, scale = (64, 12, 576, head_dim), head_dim**-0.5
     query, key, value = torch.randn(3, *shape, device="cuda", dtype=torch.bfloat16)

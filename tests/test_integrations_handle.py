@@ -221,3 +221,45 @@ def test_wrapped_models_are_found():
         assert all_sparse(handle)
         assert handle.layers[0].name == "0.encoder.layer.0.attention.self"
     assert inner.config._attn_implementation == "sdpa"
+
+
+def test_statistics_of_a_captured_graph(monkeypatch):
+    """What ran before the capture counts once, what the graph runs counts each time."""
+    from entropy_attn.integrations import statistics
+
+    recorder = statistics.Recorder()
+    counts = torch.full((1, 2, 4), 3, dtype=torch.int32)
+    assert recorder.read("layer").density is None
+    recorder.density(counts, 1, 2, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(statistics, "_is_captured", lambda counts: True)
+        recorder.density(counts // 3, 1, 2, 16)
+    # As a replay does: the sums are added to what lies where they went in the capture.
+    recorder._replayed += torch.tensor([8.0, 32.0])
+    assert recorder.read("layer").density == (24 + 8 + 8) / (32 + 32 + 32)
+    totals = recorder._replayed
+    recorder.reset()
+    assert recorder.read("layer").density is None
+    assert recorder._replayed is totals  # to which the graph goes on adding
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_density_of_replays():
+    from entropy_attn.integrations.call import AttentionCall
+    from entropy_attn.integrations.layer import SparseLayer
+
+    layer = SparseLayer("layer", ea.SparsityConfig(budget=ea.TopK(0.25), min_length=0), False)
+    tensors = torch.randn(3, 1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    call = AttentionCall(*tensors, is_causal=True)
+    for _ in range(2):
+        layer.attend(call)
+    torch.cuda.synchronize()
+    before = layer.recorder.read("layer").density
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.attend(call)
+    for _ in range(3):
+        graph.replay()
+    assert layer.recorder.read("layer").density == pytest.approx(before)
+    assert torch.equal(out, layer.attend(call))

@@ -256,8 +256,11 @@ def test_the_ops_are_good_citizens(device: str):
         test_utils=utilities,
     )
     lists = ops.choose_blocks(query, key, boxes.boxes, boxes.fresh, totals, valid, lens, *arguments)
-    torch.library.opcheck(
-        torch.ops.entropy_attn.decode_forward.default,
-        (query, key, value, *lists, valid, lens, 16, 0.25, "reference"),
-        test_utils=utilities,
-    )
+    as_models_have_it = query.transpose(1, 2).contiguous().transpose(1, 2)
+    for backend in ("reference", "triton"):
+        for laid_out in (query, as_models_have_it):
+            torch.library.opcheck(
+                torch.ops.entropy_attn.decode_forward.default,
+                (laid_out, key, value, *lists, valid, lens, 16, 0.25, backend),
+                test_utils=utilities,
+            )

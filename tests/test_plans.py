@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -120,7 +123,70 @@ def test_plans_are_bounded(monkeypatch):
 
     for number in (0, 1, 2, 0, 3, 3, 0):
         assert plan(number) == number
-    assert made == [0, 1, 2, 3, 0]  # the fourth made room
+    assert made == [0, 1, 2, 3, 0]  # the oldest made room
+
+
+def test_a_compiled_kernel_is_kept_for_its_device(monkeypatch):
+    kernel = Kernel()
+    launch = Launch(kernel, (1,), (3,), BLOCK=64)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+
+    class On(torch.Tensor):
+        device_index = 0
+
+        def get_device(self):
+            return self.device_index
+
+    first, second = (torch.zeros(4).as_subclass(On) for _ in range(2))
+    second.device_index = 1
+    for tensor in (first, second, first, second):
+        launch(tensor, None)
+    assert [call[0] for call in kernel.calls] == ["jit", "jit", "compiled", "compiled"]
+
+
+def test_plans_are_forgotten():
+    made = []
+
+    @planned
+    def plan(number):
+        made.append(number)
+        return None
+
+    plan(1), plan(1)
+    assert made == [1]  # None is a plan too
+    plans.forget_plans()
+    plan(1)
+    assert made == [1, 1]
+
+
+def test_an_error_is_its_own():
+    @planned
+    def plan(number):
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no") as found:
+            plan(1)
+        assert found.value.__context__ is None
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_tf32_by_either_of_torchs_settings(setting):
+    code = (
+        "import torch; from entropy_attn.kernels.plans import dot_precision as p;"
+        "matmul = torch.backends.cuda.matmul;"
+        "assert p(torch.float32) == 'ieee';"
+        f"matmul.allow_tf32 = {setting == 'tf32'}; assert p(torch.float32) == {setting!r};"
+        "assert p(torch.bfloat16) == 'ieee'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        code = (
+            "import torch; from entropy_attn.kernels.plans import dot_precision as p;"
+            f"torch.backends.fp32_precision = {setting!r}; assert p(torch.float32) == {setting!r}"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu

@@ -135,6 +135,17 @@ def test_errors_are_raised_every_time(change, message, device):
             attend_selected(*tensors, **{**DEFAULTS, **change})
 
 
+def test_a_negated_view_is_read_as_it_is(device):
+    tensors, _ = draw(2, 2, 64, 64, False, device, torch.float32)
+    negated = torch.complex(tensors[0], -tensors[0]).conj().imag
+    assert negated.is_neg()
+    with torch.no_grad():
+        found, expected = (
+            attend_selected(query, *tensors[1:], **DEFAULTS)[0] for query in (negated, negated + 0)
+        )
+    assert torch.equal(found, expected)
+
+
 def test_gradients_flow(device):
     tensors, _ = draw(2, 2, 64, 64, False, device, torch.float32)
     leaves = [x.requires_grad_() for x in tensors]

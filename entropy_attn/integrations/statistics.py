@@ -28,9 +28,8 @@ class LayerStatistics:
     compiled: what torch.compile put into its graphs, by reason, once a trace; the runs of a
         graph are not counted.
     density: blocks visited over blocks with a visible pair, over all sparse calls; None
-        without such a call.
-    decode_density: the same over all decoded calls and the heads of keys. What a captured graph
-        ran counts here, though not as calls.
+        without such a call. What a captured graph ran counts here, though not as calls.
+    decode_density: the same over all decoded calls and the heads of keys.
     kv_len: shortest and longest keys of a call, in tokens; None without a call.
     """
 
@@ -118,6 +117,7 @@ class Recorder:
     def __init__(self) -> None:
         self.key = key_of(self)
         self._totals: Tensor | None = None
+        self._replayed: Tensor | None = None
         self.reset()
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
@@ -130,8 +130,9 @@ class Recorder:
         self._kept: Tensor | None = None
         self._masks: list[tuple[Tensor, int]] = []  # not yet in _kept
         self._visible: Tensor | float = 0
-        if self._totals is not None:
-            self._totals.zero_()  # a captured graph may go on adding to it
+        for totals in (self._totals, self._replayed):
+            if totals is not None:
+                totals.zero_()  # a captured graph may go on adding to it
 
     def decoding_totals(self, device: torch.device) -> Tensor:
         """(2,) int64, to which decoding adds the blocks that it kept and that were visible."""
@@ -154,13 +155,26 @@ class Recorder:
             visible: number of blocks with a visible pair, of one head.
         """
         times = (batch // counts.shape[0]) * (heads // counts.shape[1])
+        replayed = self._replayed_totals(counts.device)
+        if _is_captured(counts):  # what the graph writes is only there until it runs again
+            replayed[0].add_(counts.sum(dtype=torch.float64) * times)
+            replayed[1].add_(visible * heads)
+            return
+        # Each sum is launches that a small model would wait for.
         self._masks.append((counts, times))
         self._visible = self._visible + visible * heads
-        # Each sum is launches that a small model would wait for. But what a captured graph writes
-        # is only there until the graph runs again.
-        few = len(self._masks) < MOST_MASKS and counts.numel() * len(self._masks) < MOST_COUNTS
-        if not few or (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if len(self._masks) >= MOST_MASKS or counts.numel() * len(self._masks) >= MOST_COUNTS:
             self._add_up()
+
+    def _replayed_totals(self, device: torch.device) -> Tensor:
+        """(2,) fp64, to which captured graphs add the blocks that they kept and that were visible.
+
+        Made in the first call that is not captured, if there is one.
+        """
+        if self._replayed is None or self._replayed.device != device:
+            with torch.inference_mode(False):
+                self._replayed = torch.zeros(2, dtype=torch.float64, device=device)
+        return self._replayed
 
     @torch.no_grad()
     def _add_up(self) -> None:
@@ -176,15 +190,29 @@ class Recorder:
         """Waits for the device."""
         ran_sparse = (SPARSE, DECODED)
         dense = {reason: n for reason, n in self.calls.items() if reason not in ran_sparse}
-        density = None
-        self._add_up()
-        if self._kept is not None:
-            density = float(self._kept) / max(float(self._visible), 1.0)
+        density = self._density()
         kept, visible = (0, 0) if self._totals is None else self._totals.tolist()
         return LayerStatistics(
             name, self.calls[SPARSE], dense, dict(self.compiled), density, self.kv_len,
             self.calls[DECODED], kept / visible if visible else None,
         )  # fmt: skip
+
+    def _density(self) -> float | None:
+        if any(counts.is_cuda for counts, _ in self._masks):
+            torch.cuda.synchronize()  # they may be another stream's
+        self._add_up()
+        kept = 0.0 if self._kept is None else float(self._kept)
+        visible = float(self._visible)
+        if self._replayed is not None:
+            replayed = self._replayed.tolist()
+            kept, visible = kept + replayed[0], visible + replayed[1]
+        if self._kept is None and not visible:
+            return None
+        return kept / max(visible, 1.0)
+
+
+def _is_captured(counts: Tensor) -> bool:
+    return counts.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result

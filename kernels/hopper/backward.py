@@ -48,7 +48,8 @@ from entropy_attn.kernels.hopper.columns import (
     Columns,
     add_to_global,
 )
-from entropy_attn.kernels.hopper.forward import REGISTERS, descriptor
+from entropy_attn.kernels.hopper.config import REGISTERS
+from entropy_attn.kernels.hopper.forward import descriptor
 from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring, valid_ends
 from entropy_attn.kernels.launch import (
     LENGTHS,

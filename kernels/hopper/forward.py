@@ -516,7 +516,7 @@ def hopper_forward(
     return out, lse, row, block
 
 
-def plan_call(
+def plan_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
