@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,13 +32,15 @@ R = TypeVar("R")
 # Of each function; more forms than a serving process meets in a while. The oldest is forgotten.
 MOST_PLANS = 1024
 _all_plans: list[dict[tuple[Any, ...], Any]] = []
+_changing = Lock()
 _MISSING = object()
 
 
 def forget_plans() -> None:
     """Work everything out anew, after a change of what no key says (see `planned`)."""
-    for plans in _all_plans:
-        plans.clear()
+    with _changing:
+        for plans in _all_plans:
+            plans.clear()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -80,9 +83,10 @@ def planned(make: Callable[P, R]) -> Callable[P, R]:
         found = plans.get(key, _MISSING)
         if found is _MISSING:
             found = make(*args, **kwargs)
-            while len(plans) >= MOST_PLANS:
-                plans.pop(next(iter(plans)), None)
-            plans[key] = found
+            with _changing:  # no other thread may change the dict between these steps
+                while len(plans) >= MOST_PLANS:
+                    del plans[next(iter(plans))]
+                plans[key] = found
         return found
 
     return plan
