@@ -18,7 +18,7 @@ DEFAULTS = {
 # query heads, key heads, queries, keys, and what differs from the defaults
 CASES = [
     (2, 2, 128, 128, {}),
-    (4, 2, 100, 131, {"is_causal": True}),
+    (4, 2, 70, 101, {"is_causal": True}),
     (2, 1, 97, 97, {"is_causal": True, "window": 40, "budget": TopP(0.8)}),
     (2, 2, 90, 120, {"lens": True, "is_causal": True}),
     (2, 2, 64, 96, {"scorer": Pooled(4), "block_size": (64, 32), "sink": 0, "local": 0}),
@@ -29,7 +29,7 @@ CASES = [
 def draw(heads, kv_heads, q_len, kv_len, lens, device, dtype, head_dim=32):
     shapes = [(heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len)]
     tensors = [
-        torch.randn(2, n, h, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        torch.randn(2 if lens else 1, n, h, head_dim, device=device, dtype=dtype).transpose(1, 2)
         for h, n in shapes
     ]
     found = {}
@@ -43,7 +43,7 @@ def check(case, device, dtype, monkeypatch, head_dim=32) -> None:
     *sizes, changes = case
     options = {**DEFAULTS, **changes}
     lens = options.pop("lens", False)
-    draws = [draw(*sizes, lens, device, dtype, head_dim) for _ in range(3)]
+    draws = [draw(*sizes, lens, device, dtype, head_dim) for _ in range(2)]
     with torch.no_grad():
         short = [attend_selected(*x, **{**options, **lens}) for x, lens in draws]
         monkeypatch.setattr(prefill, "_is_plain", lambda tensors: False)
@@ -91,7 +91,7 @@ def test_the_short_way_is_taken(device, no_long_way):
     with torch.no_grad():
         out, counts = attend_selected(*tensors, **DEFAULTS)
     assert out.shape == tensors[0].shape
-    assert counts.shape == (2, 2, 4)
+    assert counts.shape == (1, 2, 4)
 
 
 @pytest.mark.parametrize(
