@@ -12,9 +12,13 @@ DEVICES = ("cpu", "cuda")
 
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the autocast that is on for their devices, if one is."""
-    if not any(torch.is_autocast_enabled(device) for device in DEVICES):
+    if not is_autocasting():
         return tensors
     return tuple(_follow(tensor) for tensor in tensors)
+
+
+def is_autocasting() -> bool:
+    return any(torch.is_autocast_enabled(device) for device in DEVICES)
 
 
 def _follow(tensor: Tensor) -> Tensor:

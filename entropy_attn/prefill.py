@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_attn import ops
 from entropy_attn import validation as check
 from entropy_attn.api import block_sparse_attention
-from entropy_attn.autocast import DEVICES
+from entropy_attn.autocast import is_autocasting
 from entropy_attn.custom_ops import is_unwatched
 from entropy_attn.kernels.plans import dot_precision, planned
 from entropy_attn.selection import Rules, most_tiles, select_blocks
@@ -51,7 +51,8 @@ def attend_selected(
         out (B, Hq, Nq, D), and how many blocks each list holds, (B, Hq, Mq) int32.
     """
     tensors = query, key, value, q_lens, kv_lens
-    if type(scorer) in SCORERS and type(budget) in BUDGETS and _is_plain(tensors):
+    is_known = type(scorer) in SCORERS and type(budget) in BUDGETS
+    if is_known and is_unwatched(tensors) and not is_autocasting():
         launches = _plan(
             *tensors, block_size, scorer, budget, sink, local, backend, is_causal, scale, window,
             dot_precision(query.dtype), ops.SMALL, ops.SMALL_NARROW,
@@ -69,13 +70,6 @@ def attend_selected(
     out = block_sparse_attention(query, key, value, mask, **geometry, backend=backend)
     assert isinstance(out, Tensor)
     return out, mask.kv_num_blocks
-
-
-def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call is nothing but its launches."""
-    return is_unwatched(tensors) and not any(
-        torch.is_autocast_enabled(device) for device in DEVICES
-    )
 
 
 @planned

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import LENGTHS, ceil_div, device_of, padded_head_dim
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, padded_head_dim
+from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,

@@ -26,14 +26,13 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
-    device_of,
     has_copy_engine,
     list_strides,
     padded_head_dim,
     row_descriptor,
     tile_descriptor,
 )
-from entropy_attn.kernels.plans import dot_precision
+from entropy_attn.kernels.plans import device_of, dot_precision
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     block_start,

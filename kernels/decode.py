@@ -25,13 +25,12 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
-    device_of,
     exponent_scale,
     list_strides,
     next_power_of_2,
     padded_head_dim,
 )
-from entropy_attn.kernels.plans import dot_precision
+from entropy_attn.kernels.plans import device_of, dot_precision
 from entropy_attn.kernels.primitives import (
     LN_2,
     NO_SCORE,

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from entropy_attn.kernels.launch import (
     ceil_div,
-    device_of,
     fp32_dot_precision,
     padded_head_dim,
     split_rows,
     weight_strides,
 )
+from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     head_base,

@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import ceil_div, device_of, next_power_of_2, split_rows
+from entropy_attn.kernels.launch import ceil_div, next_power_of_2, split_rows
+from entropy_attn.kernels.plans import device_of
 
 ROWS = 64  # points of a tile, in the search for extremes
 SEARCHERS = 128  # programs in the search

@@ -25,12 +25,11 @@ from torch import Tensor
 from entropy_attn.kernels.launch import (
     LENGTHS,
     ceil_div,
-    device_of,
     exponent_scale,
     next_power_of_2,
     padded_head_dim,
 )
-from entropy_attn.kernels.plans import dot_precision
+from entropy_attn.kernels.plans import device_of, dot_precision
 from entropy_attn.kernels.primitives import NO_SCORE, head_base, load_tile, valid_keys, valid_length
 
 # Arguments that vary from call to call: a new length must not compile the kernels again.

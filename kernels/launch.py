@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import cache
 from typing import Any
@@ -27,13 +26,6 @@ GLUON_VERSION = ("3", "6")
 
 # Architectures on which tiles fetched by the copy engine were measured to be faster.
 COPY_ENGINE = ("sm90",)
-
-
-def device_of(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def architecture(device: torch.device) -> str:

@@ -18,6 +18,7 @@ and the allocation of its results do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import wraps
 from threading import Lock
@@ -54,6 +55,14 @@ def _allows_tf32() -> bool:
     if setting is None:  # torch < 2.9; later ones raise here once the other setting is used
         return matmul.allow_tf32
     return (torch.backends.fp32_precision if setting == "none" else setting) == "tf32"
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    device = tensor.get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def form(tensor: Tensor) -> tuple[Any, ...]:
@@ -131,20 +140,13 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
         assert first is not None
-        # Triton launches on the current device.
-        device = first.get_device()
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(device, tensors)
-        else:
-            self._launch(device, tensors)
+        arguments: list[Any] = list(tensors)
+        for position, template in self._described:
+            arguments[position] = _moved(template, tensors[position])
+        with device_of(first):
+            self._launch(first.get_device(), arguments)
 
-    def _launch(self, device: int, tensors: tuple[Any, ...]) -> None:
-        if self._described:
-            pointers = list(tensors)
-            for position, template in self._described:
-                pointers[position] = _moved(template, tensors[position])
-            tensors = tuple(pointers)
+    def _launch(self, device: int, tensors: list[Any]) -> None:
         run = self._runs.get(device)
         if run is not None:
             run(*tensors, *self._rest)

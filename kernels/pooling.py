@@ -179,8 +179,8 @@ def _pool(
     key_out = torch.empty(kv_shape, dtype=dtype, device=device)
     shape = (0,) if spread is None else kv_shape[:3]
     spreads = torch.empty(shape, dtype=torch.float32, device=device)
-    launch = plan_pooling(query, key, q_lens, kv_lens, pool, spread)
-    if launch is not None:
+    if query_out.numel() or key_out.numel():
+        launch = plan_pooling(query, key, q_lens, kv_lens, pool, spread)
         launch(query, key, query_out, key_out, spreads, q_lens, kv_lens)
     return query_out, key_out, spreads
 
@@ -193,7 +193,7 @@ def plan_pooling(
     kv_lens: Tensor | None,
     pool: int,
     spread: float | None,
-) -> Launch | None:
+) -> Launch:
     batch, q_heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     q_groups, kv_groups = ceil_div(q_len, pool), ceil_div(kv_len, pool)
@@ -201,8 +201,6 @@ def plan_pooling(
     rows = max(1, 4096 // (block_d * query.element_size()))  # 32 bytes a thread and token
     query_programs = batch * q_heads * ceil_div(q_groups, rows)
     programs = query_programs + batch * kv_heads * ceil_div(kv_groups, rows)
-    if programs == 0:
-        return None
     return Launch(
         _pool_kernel, (programs,),
         (

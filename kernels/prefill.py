@@ -124,7 +124,6 @@ def plan_prefill(
     out = torch.empty_like(query, device="meta")
 
     pool = plan_pooling(query, key, *lens, group, spread)
-    assert pool is not None
     score = plan_scores(
         means, groups, spreads, *lens, q_len, kv_len, group, 1, take_maximum,
         block_size, is_causal, window, scale, 0, q_tiles, None, arch, precision,

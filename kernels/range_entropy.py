@@ -13,12 +13,12 @@ from torch import Tensor
 
 from entropy_attn.kernels.launch import (
     architecture,
-    device_of,
     next_power_of_2,
     padded_head_dim,
     split_rows,
     weight_strides,
 )
+from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import (
     NO_SCORE,
     online_softmax,

@@ -14,13 +14,13 @@ from torch import Tensor
 from entropy_attn.kernels.launch import (
     architecture,
     ceil_div,
-    device_of,
     next_power_of_2,
     padded_head_dim,
     split_rows,
     tile_descriptor,
     weight_strides,
 )
+from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     dot_terms,

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import adjacent_lists, ceil_div, device_of, list_strides
+from entropy_attn.kernels.launch import adjacent_lists, ceil_div, list_strides
+from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import head_base, program_tile
 
 # Columns of a program: all bits of a word, or fewer where that would leave the GPU idle.

@@ -46,7 +46,7 @@ def check(case, device, dtype, monkeypatch, head_dim=32) -> None:
     draws = [draw(*sizes, lens, device, dtype, head_dim) for _ in range(2)]
     with torch.no_grad():
         short = [attend_selected(*x, **{**options, **lens}) for x, lens in draws]
-        monkeypatch.setattr(prefill, "_is_plain", lambda tensors: False)
+        monkeypatch.setattr(prefill, "is_unwatched", lambda tensors: False)
         long = [attend_selected(*x, **{**options, **lens}) for x, lens in draws]
     for (out, counts), (expected, expected_counts) in zip(short, long, strict=True):
         assert torch.equal(out, expected)

@@ -136,9 +136,7 @@ class Recorder:
 
     def decoding_totals(self, device: torch.device) -> Tensor:
         """(2,) int64, to which decoding adds the blocks that it kept and that were visible."""
-        if self._totals is None or self._totals.device != device:
-            with torch.inference_mode(False):
-                self._totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self._totals = _pair(self._totals, torch.int64, device)
         return self._totals
 
     def call(self, reason: str, kv_len: int) -> None:
@@ -171,9 +169,7 @@ class Recorder:
 
         Made in the first call that is not captured, if there is one.
         """
-        if self._replayed is None or self._replayed.device != device:
-            with torch.inference_mode(False):
-                self._replayed = torch.zeros(2, dtype=torch.float64, device=device)
+        self._replayed = _pair(self._replayed, torch.float64, device)
         return self._replayed
 
     @torch.no_grad()
@@ -209,6 +205,14 @@ class Recorder:
         if self._kept is None and not visible:
             return None
         return kept / max(visible, 1.0)
+
+
+def _pair(totals: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The totals, two zeros where there are none yet on the device."""
+    if totals is not None and totals.device == device:
+        return totals
+    with torch.inference_mode(False):
+        return torch.zeros(2, dtype=dtype, device=device)
 
 
 def _is_captured(counts: Tensor) -> bool:

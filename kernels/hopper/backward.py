@@ -55,11 +55,11 @@ from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     ceil_div,
-    device_of,
     exponent_scale,
     has_copy_engine,
     list_strides,
 )
+from entropy_attn.kernels.plans import device_of
 
 # Producer
 
