@@ -128,7 +128,8 @@ class KeyBoxes:
         from entropy_attn.decoding import ops
 
         query = torch.zeros(2, 2 * self.group, self.queries, self.head_dim, dtype=self.dtype)
-        key = torch.zeros(2, 2, self.length, self.head_dim, dtype=self.dtype)
+        # Up to 4 GiB, which nobody reads: not even zeros are written.
+        key = torch.empty(2, 2, self.length, self.head_dim, dtype=self.dtype)
         blocks = self.length // self.block
         boxes = torch.zeros(2, 2, blocks, 2, self.head_dim, dtype=self.dtype)
         fresh, totals = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
@@ -417,5 +418,34 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# This one is compiled in full. For others, which are not measured, a kernel is compiled once for
+# each form (`form_of`), in the largest of the calls that launch it. Switches are Triton code, which
+# was tried here; what is left to ask is whether other compilers take the kernel and whether it fits
+# other memories.
+MEASURED = "sm90"
+
+
+def form_of(case: Any) -> tuple[int, bool]:
+    """(bytes of an entry, whether head_dim is above 128): by these code and tiles differ most.
+
+    Tiles become narrower above 128 on all architectures. bf16 and fp16 are one form. Calls of which
+    there is one dtype have 0 bytes.
+    """
+    dtype = getattr(case, "dtype", None)
+    return dtype.itemsize if dtype else 0, _size_of(case)[0] > 128
+
+
+def _size_of(case: Any) -> tuple[int, int]:
+    """(head_dim, block), 0 for what a call does not have."""
+    return getattr(case, "head_dim", getattr(case, "dim", 0)), getattr(case, "block", 0)
+
+
 def cases_of(arch: str) -> tuple[Any, ...]:
-    return CASES + OWN_CASES.get(arch, ())
+    """All calls. Where the first of a form stands for the rest, the one that takes most is first.
+
+    That is the largest; of equals the later one above, where calls ask for more and more.
+    """
+    cases = CASES + OWN_CASES.get(arch, ())
+    if arch == MEASURED:
+        return cases
+    return tuple(sorted(cases, key=_size_of)[::-1])

@@ -1,13 +1,14 @@
 """Compile every kernel for a GPU that is not here, and report what each takes.
 
     python tests/compile_only.py sm90              a table
-    python tests/compile_only.py sm90 --json       one JSON object a compiled kernel
+    python tests/compile_only.py sm90 --json       one JSON object a launch
     python tests/compile_only.py sm90 --record     a table, and a record in the result store
 
 The launchers run as always, on CPU tensors, through the same custom ops as the API, so that the
 default configurations of that GPU are what is compiled. Two things are replaced: Triton's driver,
-by one that only names the target, and the launch, by compilation. It must be a process of its own
-without TRITON_INTERPRET.
+by one that only names the target, and the launch, by compilation: of each launch for the GPU that
+is measured, of each form of a kernel for others (`compile_cases.form_of`). It must be a process of
+its own without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compile_cases import cases_of
+from compile_cases import MEASURED, cases_of, form_of
 
 KIB = 1024
 # As Triton's GPUTarget takes them: backend, architecture, threads a warp.
@@ -64,6 +65,14 @@ class Compiled:
     spills: int
     shared: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A launch that was not compiled, since one of the same form was."""
+
+    case: str
+    kernel: str
 
 
 class NamedTarget:
@@ -100,8 +109,9 @@ class Compiler:
         if knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: nothing would be compiled; unset it")
         self.arch = arch
-        self.case = ""
-        self.found: list[Compiled] = []
+        self.case: Any = None
+        self.found: list[Compiled | LeftOut] = []
+        self._forms: set[tuple[Any, ...]] = set()
         self._resources: dict[str, tuple[int, int]] = {}
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
@@ -111,6 +121,11 @@ class Compiler:
         JITFunction.__getitem__ = lambda kernel, grid: partial(self.compile, kernel)
 
     def compile(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
+        form = (kernel.fn, *form_of(self.case))
+        if self.arch != MEASURED and form in self._forms:
+            self.found.append(LeftOut(str(self.case), kernel.fn.__name__.strip("_")))
+            return
+        self._forms.add(form)
         start, log = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stdout(log):
             compiled = kernel.warmup(*args, grid=(1,), **kwargs)
@@ -127,7 +142,7 @@ class Compiler:
         self.found.append(
             Compiled(
                 arch=self.arch,
-                case=self.case,
+                case=str(self.case),
                 kernel=compiled.metadata.name.strip("_"),
                 config=config,
                 registers=registers,
@@ -176,11 +191,11 @@ def unused_barriers(ttgir: str) -> list[str]:
     return found
 
 
-def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled]:
+def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled | LeftOut]:
     """Compile the cases one after the other; this process can launch nothing afterwards."""
     compiler = Compiler(arch)
     for case in cases or cases_of(arch):
-        compiler.case, done = str(case), len(compiler.found)
+        compiler.case, done = case, len(compiler.found)
         case.run()
         yield from compiler.found[done:]
 
@@ -188,16 +203,18 @@ def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compile
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arch", choices=TARGETS)
-    parser.add_argument("--json", action="store_true", help="one JSON object a kernel")
+    parser.add_argument("--json", action="store_true", help="one JSON object a launch")
     parser.add_argument("--record", action="store_true", help="append to the result store")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     found = []
     for each in compiled_kernels(arguments.arch):
-        found.append(each)
         if arguments.json:
             print(json.dumps(asdict(each)), flush=True)
-        else:
+        if isinstance(each, LeftOut):
+            continue
+        found.append(each)
+        if not arguments.json:
             config = " ".join(f"{name}={value}" for name, value in each.config.items())
             print(
                 f"{each.case:62} {each.kernel:18} {config:36} {each.registers:4} registers "
