@@ -19,10 +19,10 @@ from entropy_attn.reference import attention as reference
 PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
-# Pairs of queries and visible keys of all heads from which on the forward kernel for sm_90 is
-# faster, the order of its work included. Where head_dim is at most 64 it takes more of them.
-SMALL, SMALL_NARROW = 2**28, 2**31
-SMALL_BACKWARD = 2**29
+# Pairs of queries and keys of all heads, seen or not, from which on the kernels for sm_90 are
+# faster, the order of the work included. Where head_dim is at most 64 it takes more of them.
+SMALL, SMALL_NARROW = 2**27, 2**31
+SMALL_BACKWARD, SMALL_BACKWARD_NARROW = 2**27, 2**29
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +57,6 @@ def forward_kernel(
     key: Tensor,
     value: Tensor,
     block_size: tuple[int, int],
-    is_causal: bool,
     window: int,
     scale: float,
     *,
@@ -67,8 +66,7 @@ def forward_kernel(
     from entropy_attn.kernels.decode import FEW_QUERIES
     from entropy_attn.kernels.launch import architecture, other_gluon
 
-    batch, heads, q_len = query.shape[:3]
-    if q_len <= FEW_QUERIES and not entropy:
+    if query.shape[2] <= FEW_QUERIES and not entropy:
         return DECODE, f"at most {FEW_QUERIES} queries: keys are split over programs"
     if architecture(query.device) != "sm90":
         return PORTABLE, "it runs on every GPU"
@@ -80,10 +78,13 @@ def forward_kernel(
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
-    pairs = batch * heads * q_len * key.shape[2] // (2 if is_causal else 1)
-    if pairs < (SMALL if query.shape[3] > 64 else SMALL_NARROW):
+    if _pairs(query, key) < (SMALL if query.shape[3] > 64 else SMALL_NARROW):
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
+
+
+def _pairs(query: Tensor, key: Tensor) -> int:
+    return query.shape[:3].numel() * key.shape[2]
 
 
 def backward_kernel(
@@ -113,7 +114,7 @@ def backward_kernel(
         )
     if problem is not None:
         return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
-    if query.shape[:3].numel() * key.shape[2] < SMALL_BACKWARD:
+    if _pairs(query, key) < (SMALL_BACKWARD if query.shape[3] > 64 else SMALL_BACKWARD_NARROW):
         return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 
@@ -163,7 +164,9 @@ def attention_forward(
             query, key, None, *lists, *geometry, keep_mass, by_slot=True, return_lse=True
         )
         return query.new_empty(0), lse, *nothing, tile, mass
-    kernel, _ = forward_kernel(query, key, value, *geometry, entropy=row_entropy or block_entropy)
+    kernel, _ = forward_kernel(
+        query, key, value, (block_q, block_k), window, scale, entropy=row_entropy or block_entropy
+    )
     if kernel == DECODE:
         from entropy_attn.kernels.decode import split_forward
 

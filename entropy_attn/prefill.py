@@ -106,9 +106,7 @@ def _plan(
     if is_empty or scale <= 0 or geometry.q_tiles > most_tiles(scorer, query, geometry):
         return None
     check.check_group("pool", scorer.pool, geometry.block_size)
-    kernel, _ = ops.forward_kernel(
-        query, key, value, geometry.block_size, geometry.is_causal, geometry.window, scale
-    )
+    kernel, _ = ops.forward_kernel(query, key, value, geometry.block_size, geometry.window, scale)
     if kernel == ops.DECODE:
         return None
     from entropy_attn.kernels.prefill import plan_prefill

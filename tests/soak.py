@@ -140,7 +140,7 @@ def adds_in_any_order(problem: Problem) -> bool:
 def check(problem: Problem, backend: str, repeats: int) -> list[str]:
     """What is wrong in any of some launches of a problem."""
     poison_memory()
-    ops.SMALL = ops.SMALL_NARROW = ops.SMALL_BACKWARD = 0
+    ops.SMALL = ops.SMALL_NARROW = ops.SMALL_BACKWARD = ops.SMALL_BACKWARD_NARROW = 0
     truth = solve(problem, "reference", torch.float64)
     rounded = solve(problem, "reference")
     first, wrong, unordered = solve(problem, backend), [], adds_in_any_order(problem)

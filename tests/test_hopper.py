@@ -180,8 +180,9 @@ def test_as_a_part_of_the_package(case, monkeypatch):
     monkeypatch.setattr(ops, "SMALL", 0)
     monkeypatch.setattr(ops, "SMALL_NARROW", 0)
     query, key, value = case.build("cuda").inputs
-    geometry = (case.block_size, case.is_causal, 0, case.head_dim**-0.5)
-    assert ops.forward_kernel(query, key, value, *geometry, entropy=True)[0] == ops.HOPPER
+    scale = case.head_dim**-0.5
+    found, _ = ops.forward_kernel(query, key, value, case.block_size, 0, scale, entropy=True)
+    assert found == ops.HOPPER
     check_entropies(case, "cuda", "triton")
     check_entropy_gradients(case, "cuda", "triton")
 
@@ -267,7 +268,7 @@ def test_which_kernel_runs(change, kernel, why, monkeypatch):
     shape = (2, 16, case["length"], case["head_dim"])
     query = torch.empty(shape, dtype=case["dtype"], device="meta")
     found, reason = ops.forward_kernel(
-        query, query, query, (case["block"],) * 2, True, case.get("window", 0), 0.1,
+        query, query, query, (case["block"],) * 2, case.get("window", 0), 0.1,
         entropy=case.get("entropy", False),
     )  # fmt: skip
     assert found == kernel

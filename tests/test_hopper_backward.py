@@ -63,6 +63,7 @@ def test_backward(problem, head_dim, dtype, monkeypatch):
         return torch.autograd.grad((out * convert(grad)).sum() + loss.sum(), leaves)
 
     monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
+    monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
     choice, why = ops.backward_kernel(
         grad, query, key, value, (block_q, 128), 0, head_dim**-0.5
     )  # fmt: skip
@@ -109,6 +110,7 @@ def test_configurations_agree(head_dim):
 def test_deterministic_algorithms(monkeypatch):
     """The same bits in every run where the user asks for it."""
     monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
+    monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
     query, key, value = torch.randn(3, 1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16)
     mask = ea.BlockMask.random(1, 4, 2048, 2048, 0.5, 128, device="cuda")
 
