@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import LENGTHS, ceil_div, padded_head_dim
-from entropy_attn.kernels.plans import device_of
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -118,15 +118,34 @@ def row_statistics(
     grad_lse, grad_row, grad_block = (
         None if grad is None else grad.contiguous() for grad in (grad_lse, grad_row, grad_block)
     )
+    rows = (out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross)
+    _plan_statistics(*rows, head_dim, block_m, padded_len, scale)(*rows, statistics)
+    return statistics
+
+
+@planned
+def _plan_statistics(
+    out: Tensor,
+    grad_out: Tensor | None,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    row: Tensor | None,
+    grad_row: Tensor | None,
+    block: Tensor | None,
+    grad_block: Tensor | None,
+    cross: Tensor | None,
+    head_dim: int,
+    block_m: int,
+    padded_len: int,
+    scale: float,
+) -> Launch:
+    batch, heads, q_len = lse.shape
     strides = [(0,) * 4 if grad_out is None else t.stride() for t in (out, grad_out)]
     tiles = padded_len // block_m
-    with device_of(out):
-        _statistics_kernel[(tiles * batch * heads,)](
-            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, statistics,
-            *strides, heads, q_len, tiles, scale,
-            HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=block_m,
-            HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
-            BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
-            HAS_OUT=grad_out is not None,
-        )  # fmt: skip
-    return statistics
+    return Launch(
+        _statistics_kernel, (tiles * batch * heads,), (*strides, heads, q_len, tiles, scale),
+        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=block_m,
+        HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
+        BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
+        HAS_OUT=grad_out is not None,
+    )  # fmt: skip

@@ -13,7 +13,6 @@ P is computed twice, and in return nothing is accumulated through memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropy_attn.kernels.backward_config import BackwardConfig, backward_config
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
@@ -32,7 +32,7 @@ from entropy_attn.kernels.launch import (
     row_descriptor,
     tile_descriptor,
 )
-from entropy_attn.kernels.plans import device_of, dot_precision
+from entropy_attn.kernels.plans import Launch, dot_precision, planned
 from entropy_attn.kernels.primitives import (
     LOG2_E,
     block_start,
@@ -420,70 +420,6 @@ def _query_kernel(
     store_tile(grad_query_pointers, grad_query * scale, rows, q_len, HEAD_DIM, BLOCK_D)
 
 
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Tile sizes of the two gradient kernels.
-
-    Attributes:
-        key_block_m, key_block_n: queries a step and keys a program of the dK, dV kernel;
-            they divide block_q and block_k.
-        query_block_m, query_block_n: queries a program and keys a step of the dQ kernel.
-        descriptors: fetch the tiles of each step by the copy engine.
-    """
-
-    key_block_m: int
-    key_block_n: int
-    key_warps: int
-    key_stages: int
-    query_block_m: int
-    query_block_n: int
-    query_warps: int
-    query_stages: int
-    descriptors: bool = False
-
-
-def backward_config(
-    arch: str,
-    head_dim: int,
-    itemsize: int,
-    block_size: tuple[int, int],
-    is_causal: bool = False,
-    copy_engine: bool = False,
-) -> BackwardConfig:
-    """The measured default (docs/kernels.md)."""
-    block_q, block_k = block_size
-    block_d = padded_head_dim(head_dim)
-    if copy_engine and block_d <= 128 and min(block_size) >= 64:
-        # sm_90: programs of 64 rows, so that two or three share a multiprocessor.
-        key_stages = 3 if block_d <= 64 and is_causal else 2
-        step = 64 if block_d > 64 or is_causal else min(block_k, 128)
-        query_stages = 3 if step == 128 or key_stages == 3 else 2
-        return BackwardConfig(64, 64, 4, key_stages, 64, step, 4, query_stages, descriptors=True)
-    if itemsize == 4:  # fp32 products run outside the tensor cores: registers are the limit
-        rows, step = (64, 32) if block_d <= 64 else (32, 16)
-        rows_k, rows_q = min(block_k, rows), min(block_q, rows)
-        step_k, step_q = min(block_q, step), min(block_k, step)
-        return BackwardConfig(step_k, rows_k, 4, 1, rows_q, step_q, 4, 1)
-    rows, step = (128, 64) if block_d <= 128 else (64, 32)
-    key_block_n, query_block_m = min(block_k, rows), min(block_q, rows)
-    if block_d <= 64:
-        key_block_n = min(key_block_n, 64)  # two programs a multiprocessor
-    key_stages = query_stages = 1
-    if arch == "sm90":
-        key_stages = 3 if (key_block_n == 128) == (block_d == 128) else 2
-        query_stages = 3 if query_block_m == 128 else 2
-    return BackwardConfig(
-        key_block_m=min(block_q, step),
-        key_block_n=key_block_n,
-        key_warps=8 if key_block_n == 128 or block_d > 128 else 4,
-        key_stages=key_stages,
-        query_block_m=query_block_m,
-        query_block_n=min(block_k, step),
-        query_warps=8 if query_block_m == 128 or block_d > 128 else 4,
-        query_stages=query_stages,
-    )
-
-
 def block_sparse_backward(
     grad_out: Tensor | None,
     query: Tensor,
@@ -519,8 +455,6 @@ def block_sparse_backward(
         dQ, dK, dV, contiguous, in the dtype of the inputs; dV is 0 without grad_out, and empty
         without values.
     """
-    batch, heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     value_shape = (0,) if value is None else value.shape
@@ -529,16 +463,59 @@ def block_sparse_backward(
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
 
-    arch = architecture(query.device)
-    given = [query, key] if grad_out is None else [query, key, value, grad_out]
-    copy_engine = has_copy_engine(arch, *given)
-    config = config or backward_config(
-        arch, head_dim, query.element_size(), block_size, is_causal, copy_engine
-    )
+    tensors = (grad_out, query, key, value, statistics)
+    row_terms, column_terms = terms if terms is not None else (None, None)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
+    visit_queries, visit_keys = _plan_backward(
+        *tensors, row_terms, column_terms, counts, indices, kv_lens, q_lens, offsets, rows,
+        block_size, is_causal, window, scale, row_entropy, block_entropy, config,
+        architecture(query.device), dot_precision(query.dtype),
+    )  # fmt: skip
+    visit_queries(
+        query, key, value, grad_out, statistics, column_terms, grad_key, grad_value,
+        offsets, rows, kv_lens, q_lens,
+    )  # fmt: skip
+    visit_keys(
+        query, key, value, grad_out, statistics, row_terms, grad_query,
+        counts, indices, kv_lens, q_lens,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+@planned
+def _plan_backward(
+    grad_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    statistics: Tensor,
+    row_terms: Tensor | None,
+    column_terms: Tensor | None,
+    counts: Tensor | None,
+    indices: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    offsets: Tensor | None,
+    rows: Tensor | None,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    window: int,
+    scale: float,
+    row_entropy: bool,
+    block_entropy: bool,
+    config: BackwardConfig | None,
+    arch: str,
+    precision: str,
+) -> tuple[Launch, Launch]:
+    """The launches for dK and dV, and for dQ."""
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    given = [query, key] if grad_out is None else [query, key, value, grad_out]
+    config = config or backward_config(
+        arch, head_dim, query.element_size(), block_size, is_causal, has_copy_engine(arch, *given)
+    )
     padded_len = statistics.shape[-1]
-    row_terms, column_terms = terms if terms is not None else (None, None)
     terms_a_row = 0 if row_terms is None else row_terms.shape[-1]
     terms_a_head = ceil_div(q_len, block_size[0]) * terms_a_row
     may_cut = kv_lens is not None or kv_len % block_size[1] != 0
@@ -554,46 +531,54 @@ def block_sparse_backward(
         HAS_Q_LENS=q_lens is not None,
         ROW_ENTROPY=row_entropy,
         BLOCK_ENTROPY=block_entropy,
-        TILE_ENTROPY=terms is not None,
+        TILE_ENTROPY=row_terms is not None,
         HAS_OUT=grad_out is not None,
         DESCRIPTORS=config.descriptors,
-        PRECISION=dot_precision(query.dtype),
+        PRECISION=precision,
     )
     # Without grad_out the last two are not read.
     strides = tuple(t.stride() for t in (given * 2)[:4])
     # What the steps of the dK, dV kernel and those of the dQ kernel fetch.
-    query_side: tuple[Any, ...] = query, grad_out, statistics
-    key_side: tuple[Any, ...] = key, value
+    query_side: dict[int, Any] = {}
+    key_side: dict[int, Any] = {}
     if config.descriptors:
-        query_side = (
-            tile_descriptor(query, config.key_block_m),
-            None if grad_out is None else tile_descriptor(grad_out, config.key_block_m),
-            row_descriptor(statistics, config.key_block_m),
-        )
-        key_side = (
-            tile_descriptor(key, config.query_block_n),
-            None if grad_out is None else tile_descriptor(value, config.query_block_n),
-        )
-    with device_of(query):
-        kv_tiles = ceil_div(kv_len, config.key_block_n)
-        _key_value_kernel[(kv_tiles * batch * kv_heads,)](
-            query_side[0], key, value, *query_side[1:], column_terms, grad_key, grad_value,
-            offsets, rows, kv_lens, q_lens, *strides, grad_key.stride(),
-            *list_strides(offsets, rows),
+        query_side = {
+            0: tile_descriptor(query, config.key_block_m),
+            4: row_descriptor(statistics, config.key_block_m),
+        }
+        key_side = {1: tile_descriptor(key, config.query_block_n)}
+        if grad_out is not None and value is not None:
+            query_side[3] = tile_descriptor(grad_out, config.key_block_m)
+            key_side[2] = tile_descriptor(value, config.query_block_n)
+    kv_tiles = ceil_div(kv_len, config.key_block_n)
+    q_tiles = ceil_div(q_len, config.query_block_m)
+    visit_queries = Launch(
+        _key_value_kernel, (kv_tiles * batch * kv_heads,),
+        (
+            *strides, _contiguous_strides(key), *list_strides(offsets, rows),
             heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale, terms_a_head,
             1 if indices is not None else terms_a_row,
-            BLOCK_M=config.key_block_m, BLOCK_N=config.key_block_n, GROUP=heads // kv_heads,
-            MASK_ROWS=q_len % block_size[0] != 0, MAY_CUT=block_entropy and may_cut,
-            num_warps=config.key_warps, num_stages=config.key_stages, **shared,
-        )  # fmt: skip
-        q_tiles = ceil_div(q_len, config.query_block_m)
-        _query_kernel[(q_tiles * batch * heads,)](
-            query, *key_side, grad_out, statistics, row_terms, grad_query,
-            counts, indices, kv_lens, q_lens, *strides, grad_query.stride(),
-            *list_strides(counts, indices),
+        ),
+        described=query_side,
+        BLOCK_M=config.key_block_m, BLOCK_N=config.key_block_n, GROUP=heads // kv_heads,
+        MASK_ROWS=q_len % block_size[0] != 0, MAY_CUT=block_entropy and may_cut,
+        num_warps=config.key_warps, num_stages=config.key_stages, **shared,
+    )  # fmt: skip
+    visit_keys = Launch(
+        _query_kernel, (q_tiles * batch * heads,),
+        (
+            *strides, _contiguous_strides(query), *list_strides(counts, indices),
             heads, heads // kv_heads, q_len, kv_len, padded_len, q_tiles, window, scale,
             terms_a_head, terms_a_row,
-            BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n, MAY_CUT=may_cut,
-            num_warps=config.query_warps, num_stages=config.query_stages, **shared,
-        )  # fmt: skip
-    return grad_query, grad_key, grad_value
+        ),
+        described=key_side,
+        BLOCK_M=config.query_block_m, BLOCK_N=config.query_block_n, MAY_CUT=may_cut,
+        num_warps=config.query_warps, num_stages=config.query_stages, **shared,
+    )  # fmt: skip
+    return visit_queries, visit_keys
+
+
+def _contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of its gradient: the strides that a contiguous (B, H, N, D) has."""
+    heads, length, head_dim = tensor.shape[1:]
+    return heads * length * head_dim, length * head_dim, head_dim, 1

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_attn.kernels.launch import adjacent_lists, ceil_div, list_strides
-from entropy_attn.kernels.plans import device_of
+from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import head_base, program_tile
 
 # Columns of a program: all bits of a word, or fewer where that would leave the GPU idle.
@@ -156,13 +156,24 @@ def transpose_lists(
     if indices.numel() == 0 or num_columns == 0:
         return offsets.zero_(), rows, order
     counts, indices = adjacent_lists(counts, indices)
+    launch = _plan_transposition(counts, indices, num_columns, offset_type, with_order)
+    launch(counts, indices, offsets, rows, order)
+    return offsets, rows, order
+
+
+@planned
+def _plan_transposition(
+    counts: Tensor, indices: Tensor, num_columns: int, offset_type: torch.dtype, with_order: bool
+) -> Launch:
+    batch, heads, num_rows, width = indices.shape
     is_large = batch * heads * ceil_div(num_columns, COLUMNS) >= MANY_PROGRAMS
     columns = COLUMNS if is_large else FEWER_COLUMNS
     tiles = ceil_div(num_columns, columns)
-    with device_of(indices):
-        _transpose_kernel[(tiles * batch * heads,)](
-            counts, indices, offsets, rows, order, *list_strides(counts, indices),
-            heads, num_rows, num_columns, width, entries, tiles, width.bit_length(),
-            COLUMNS=columns, ROWS=128, HAS_ORDER=with_order, num_warps=4,
-        )  # fmt: skip
-    return offsets, rows, order
+    return Launch(
+        _transpose_kernel, (tiles * batch * heads,),
+        (
+            *list_strides(counts, indices), heads, num_rows, num_columns, width, num_rows * width,
+            tiles, width.bit_length(),
+        ),
+        COLUMNS=columns, ROWS=128, HAS_ORDER=with_order, num_warps=4,
+    )  # fmt: skip

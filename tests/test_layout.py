@@ -24,7 +24,7 @@ OPTIONAL = (
 
 HELPERS = (
     "entropy_attn.kernels.primitives", "entropy_attn.kernels.launch", "entropy_attn.kernels.plans",
-    "entropy_attn.kernels.range_primitives",
+    "entropy_attn.kernels.backward_config", "entropy_attn.kernels.range_primitives",
 )  # fmt: skip
 PLAIN = ("entropy_attn.reference",)
 OP = ("entropy_attn.custom_ops",)

@@ -59,7 +59,7 @@ from entropy_attn.kernels.launch import (
     has_copy_engine,
     list_strides,
 )
-from entropy_attn.kernels.plans import device_of
+from entropy_attn.kernels.plans import Launch, planned
 
 # Producer
 
@@ -435,35 +435,64 @@ def hopper_backward(
     Returns:
         dQ, dK, dV, contiguous, in the dtype of the inputs.
     """
-    batch, heads, q_len, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), grad_key.zero_(), grad_value.zero_()
-    config = config or hopper_backward_config(head_dim)
-    block_d = 64 if head_dim <= 64 else 128
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
-    strides = list_strides(offsets, rows)
     sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    tensors = (query, key, value, grad_out, statistics, sums, grad_key, grad_value)
+    integers = (offsets, rows, kv_lens, q_lens)
+    config = config or hopper_backward_config(query.shape[3])
+    launch = _plan_backward(*tensors, *integers, block_size[0], is_causal, scale, config)
+    launch(*tensors, *(statistics if x is None else x for x in integers))
+    return sums.to(query.dtype), grad_key, grad_value
+
+
+@planned
+def _plan_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    statistics: Tensor,
+    sums: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    offsets: Tensor | None,
+    rows: Tensor | None,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    block_q: int,
+    is_causal: bool,
+    scale: float,
+    config: HopperBackwardConfig,
+) -> Launch:
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    block_d = 64 if head_dim <= 64 else 128
+    strides = list_strides(offsets, rows)
     kv_tiles = ceil_div(kv_len, BLOCK_N.value)
     _, *registers = REGISTERS[1]
-    with device_of(query):
-        _backward_kernel[(kv_tiles * batch * kv_heads,)](
-            descriptor(query, config.block_m, block_d), descriptor(key, 64, block_d),
-            descriptor(value, 64, block_d), descriptor(grad_out, config.block_m, block_d),
-            _row_descriptor(statistics, config.block_m), _sum_descriptor(sums),
-            descriptor(grad_key, 64, block_d), descriptor(grad_value, 64, block_d),
-            *(statistics if x is None else x for x in (offsets, rows, kv_lens, q_lens)),
+    row_sides = ((0, query), (3, grad_out))
+    key_sides = ((1, key), (2, value), (6, grad_key), (7, grad_value))
+    return Launch(
+        _backward_kernel, (kv_tiles * batch * kv_heads,),
+        (
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
-            GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
-            BLOCK_Q=block_size[0], STAGES=config.stages, IS_CAUSAL=is_causal,
-            MAY_CUT=kv_lens is not None or kv_len % BLOCK_N.value != 0,
-            LISTED=rows is not None,
-            HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            EARLY=config.early,
-            CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
-            num_warps=4,
-        )  # fmt: skip
-    return sums.to(query.dtype), grad_key, grad_value
+        ),
+        described={
+            **{n: descriptor(tensor, config.block_m, block_d) for n, tensor in row_sides},
+            **{n: descriptor(tensor, KEYS.value, block_d) for n, tensor in key_sides},
+            4: _row_descriptor(statistics, config.block_m), 5: _sum_descriptor(sums),
+        },
+        GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
+        BLOCK_Q=block_q, STAGES=config.stages, IS_CAUSAL=is_causal,
+        MAY_CUT=kv_lens is not None or kv_len % BLOCK_N.value != 0,
+        LISTED=rows is not None,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        EARLY=config.early,
+        CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
+        num_warps=4,
+    )  # fmt: skip
