@@ -2,9 +2,11 @@
 
 `torch.library.custom_op` wraps every call in Python that checks for aliases and, while gradients
 are recorded, goes through autograd even where an op has no gradient: tens of microseconds, as much
-as the launch of a small kernel. Here an op is its implementation and nothing else, and a call that
-nobody watches (no gradient, no tracing, no profiler) goes there without the dispatcher. That its
-outputs do not alias its inputs is what `torch.library.opcheck` tests.
+as the launch of a small kernel. To record a gradient it takes hundreds, as it looks at the schema
+again and again. Here an op is its implementation and nothing else, and a call that nobody watches
+(no tracing, no profiler) goes there without the dispatcher, through an `autograd.Function` where a
+gradient is recorded. That its outputs do not alias its inputs is what `torch.library.opcheck`
+tests.
 
 Ops that write to their arguments stay with `torch.library.custom_op`, which keeps autograd's
 version counters right.
@@ -45,11 +47,16 @@ class CustomOp:
         # For every device, and never traced by torch.compile.
         torch.library.register_kernel(self._name, None, function, lib=library)
         self._key = name
+        self._recorded: type[torch.autograd.Function] | None = None
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
-        call = self._function if is_unwatched(args) else self.overload
-        return call(*args)
+        tensors = _tensors_of(args)
+        if _is_watched(tensors):
+            return self.overload(*args)
+        if not _records_gradients(tensors):
+            return self._function(*args)
+        return self.overload(*args) if self._recorded is None else self._recorded.apply(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Shapes and dtypes of the outputs, for tracing."""
@@ -59,10 +66,21 @@ class CustomOp:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., Any] | None = None
     ) -> None:
+        """As `torch.library.register_autograd`."""
         library = _libraries[self._key]
         torch.library.register_autograd(
             self._name, backward, setup_context=setup_context, lib=library
         )
+        function = self._function
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
+            return output
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._recorded = type(self._key, (torch.autograd.Function,), parts)
 
     def refuse_gradients(self) -> None:
         """A backward through the op raises."""
@@ -84,22 +102,31 @@ def is_unwatched(args: Iterable[Any]) -> bool:
     That is: no tracing, no mode, no profiler, no subclass of tensors, no gradient to record,
     nothing that is negated when it is read. Kernels that others registered for an op do not count.
     """
+    tensors = _tensors_of(args)
+    return not _is_watched(tensors) and not _records_gradients(tensors)
+
+
+def _tensors_of(args: Iterable[Any]) -> list[Tensor]:
+    return [x for x in args if isinstance(x, Tensor)]
+
+
+def _is_watched(tensors: list[Tensor]) -> bool:
+    """What `is_unwatched` asks, but for gradients."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
-        and not torch.autograd._profiler_enabled()
-        and _are_plain(args)
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+        or any(
+            type(x) not in (Tensor, Parameter) or x.is_neg() or x._is_zerotensor() for x in tensors
+        )
     )
 
 
-def _are_plain(args: Iterable[Any]) -> bool:
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if any(type(x) not in (Tensor, Parameter) or x.is_neg() or x._is_zerotensor() for x in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+def _records_gradients(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:

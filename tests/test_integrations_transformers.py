@@ -369,6 +369,39 @@ def test_packing_in_a_graph_is_an_error():
             compiled(ids, position_ids=POSITIONS[:1], use_cache=False)
 
 
+@torch.no_grad()
+def test_packing_while_a_graph_is_captured_is_an_error(monkeypatch):
+    from entropy_attn.integrations import transformers_masks
+
+    model = build("llama")
+    ids = tokens(1, 200)
+    with ea.apply(model, KEEP_ALL):
+        expected = model(ids, use_cache=False).logits
+        monkeypatch.setattr(transformers_masks, "_hides_values", lambda device: True)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+        with pytest.raises(RuntimeError, match="packed sequences"):
+            model(ids, position_ids=POSITIONS[:1], use_cache=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_cuda_graph_of_a_whole_model(use_cache):
+    model = build("llama").to("cuda", torch.bfloat16)
+    first, second = (tokens(1, 200, seed).to("cuda") for seed in (1, 2))
+    ids = first.clone()
+    with ea.apply(model, KEEP_FEW):
+        expected = [model(each, use_cache=use_cache).logits for each in (first, second)]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, use_cache=use_cache).logits
+        for each, wanted in zip((first, second), expected, strict=True):
+            ids.copy_(each)
+            graph.replay()
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
+
+
 # --- training -----------------------------------------------------------------------------------
 
 

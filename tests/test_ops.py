@@ -7,7 +7,7 @@ import torch
 from attention_cases import Case
 
 import entropy_attn as ea
-from entropy_attn import ops
+from entropy_attn import custom_ops, ops
 from entropy_attn.testing import assert_close_to_reference
 
 # Small: each is run some sixty times, and the interpreter is slow.
@@ -144,6 +144,26 @@ def test_what_sees_no_key_passes_no_gradient_on(backend: str, device: str) -> No
         assert torch.isfinite(grad).all()
         assert not grad[1].any()
         assert grad[0].any() or leaf is leaves[2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_that_the_dispatcher_records(
+    backend: str, device: str, monkeypatch
+) -> None:
+    problem = Case(q_len=20, kv_len=24, head_dim=16, lens=True).build(device)
+    leaves = problem.leaves()
+    found = []
+    for is_watched in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(custom_ops, "_is_watched", lambda tensors, known=is_watched: known)
+            for op in (ops.attention_forward, ops.attention_backward):
+                if not is_watched:
+                    patch.setattr(op, "overload", None)
+            out, entropy = ea.attention_with_entropy(*leaves, block_size=16, backend=backend)
+            loss = out.square().sum() + entropy.row.sum() + entropy.tile.square().sum()
+            found.append((out, *torch.autograd.grad(loss, leaves)))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -120,7 +120,9 @@ def _run_case(
 ) -> Iterator[Row]:
     seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
     if case.phase == PREFILL:
-        among, options = attentions(context.form), {"use_cache": False}
+        # Without a cache transformers looks for packed sequences, which it cannot in a capture:
+        # there it would give SDPA a mask.
+        among, options = attentions(context.form), {"use_cache": case.captured}
     else:
         among, options = decoding_attentions(context.form), {}
     if context.on_gpu and (case.captured or case.phase == DECODE):

@@ -27,6 +27,11 @@ BIDIRECTIONAL = "bidirectional_mask_function"
 WINDOW = "sliding_window_overlay"
 PACKED = "packed_sequence_mask_function"
 
+CAPTURED_PACKED = (
+    "entropy_attn takes no packed sequences (position_ids that start again) in a CUDA graph, as "
+    "their lengths would have to be read; call the model without one"
+)
+
 
 def token_codes(
     batch_size: int,
@@ -69,9 +74,9 @@ def token_codes(
             return None
         return encode(valid, torch.ones_like(valid))[:, None, None, :]
 
-    # While torch.compile traces, transformers never allows the skip, as there may be packed
-    # sequences; `check` has asserted that there are none.
-    may_skip = allow_is_causal_skip or torch.compiler.is_compiling()
+    # While torch.compile traces or a graph is captured, transformers may not allow the skip, as
+    # there may be packed sequences; `pattern` has asserted that there are none.
+    may_skip = allow_is_causal_skip or _hides_values(device)
     aligned = may_skip and _ends_with_queries(q_offset, q_length, kv_offset + kv_length)
     if aligned and (valid is None or _all(valid)):
         return None
@@ -97,14 +102,19 @@ class _Pattern:
         """(B, N) int32, which packed sequence each token belongs to; None if one a row.
 
         transformers finds packed sequences in ``position_ids``. In a graph of torch.compile it
-        cannot tell whether there are any; `check` then asserts on the device that there are not.
+        cannot tell whether there are any; `check` then asserts on the device that there are not. So
+        does this where a CUDA graph is captured.
         """
         if torch.compiler.is_compiling():
             return None
         for part in _parts(self.function):
             if _name(part) == PACKED:
                 segments = _closure(part)["packed_sequence_mask"]
-                if not _traces(segments) and bool((segments == segments[:, :1]).all()):
+                one_a_row = (segments == segments[:, :1]).all()
+                if _hides_values(segments.device):
+                    torch._assert_async(one_a_row, CAPTURED_PACKED)
+                    return None
+                if one_a_row:
                     return None
                 return segments.to(torch.int32).expand(batch_size, -1).contiguous()
         return None
@@ -196,7 +206,7 @@ def _check_no_gaps(valid: Tensor, kv_length: int, window: int) -> None:
         "attention_mask has zeros between ones, and the model has a sliding window: entropy_attn "
         "supports padding on the left or right only"
     )
-    if _traces(valid):
+    if _hides_values(valid.device):
         torch._assert_async((starts <= 1).all(), message)
     elif not bool((starts <= 1).all()):
         raise ValueError(message)
@@ -205,7 +215,7 @@ def _check_no_gaps(valid: Tensor, kv_length: int, window: int) -> None:
 def _ends_with_queries(q_offset: int | Tensor, q_length: int, end: int) -> bool:
     """Whether the last key belongs to the last query, as far as that is known on the host."""
     if isinstance(q_offset, Tensor):
-        if _traces(q_offset):
+        if _hides_values(q_offset.device):
             return False
         q_offset = int(q_offset)
     return q_offset + q_length == end
@@ -213,11 +223,12 @@ def _ends_with_queries(q_offset: int | Tensor, q_length: int, end: int) -> bool:
 
 def _all(valid: Tensor) -> bool:
     """Whether no token is padding; False where that would have to be read in a graph."""
-    return not _traces(valid) and bool(valid.all())
+    return not _hides_values(valid.device) and bool(valid.all())
 
 
-def _traces(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` cannot be read now."""
+def _hides_values(device: torch.device | None) -> bool:
+    """Whether the values of tensors cannot be read now: torch.compile or a graph's capture."""
     if torch.compiler.is_compiling():
         return True
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.is_current_stream_capturing()
