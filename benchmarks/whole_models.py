@@ -34,6 +34,7 @@ from entropy_attn.testing import assert_close_to_reference
 LEFT_OUT = "no attention"
 CHECKED_LAYERS = 2
 COMPILED = ", compiled"
+UNMASKED = "sdpa_unmasked"  # a name for which transformers makes no masks
 FLASH, OURS = "FlashAttention-2", "entropy-attn"
 Forward = Callable[[], Tensor]
 
@@ -63,6 +64,14 @@ class Attention:
     @property
     def in_graph(self) -> Attention:
         return replace(self, name=self.name + COMPILED, compiled=True)
+
+    def in_capture(self, is_prefill: bool) -> Attention:
+        """As a CUDA graph. While it is captured transformers would hand SDPA a causal mask, which
+        its fast kernels do not take: there might be packed sequences. There are none here, so in
+        prefill it gets none."""
+        unmasked = is_prefill and self.implementation == "sdpa" and not self.is_ours
+        implementation = UNMASKED if unmasked else self.implementation
+        return replace(self, captured=True, implementation=implementation)
 
     @property
     def is_ours(self) -> bool:
@@ -169,9 +178,11 @@ def prepare(attention: Attention, model: nn.Module) -> Prepared:
     copied = shared_copy(model)
     if hasattr(copied, "set_attn_implementation"):
         from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         AttentionInterface.register("left_out", _left_out)
         AttentionInterface.register("all_blocks", _all_blocks)
+        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
         copied.set_attn_implementation(attention.implementation)
     else:
         set_attention(copied, attention.implementation)

@@ -127,11 +127,18 @@ def term_sizes(problem: Problem, probabilities: Tensor, grad_out: Tensor) -> dic
     column = probabilities.sum(-2).max().item() * group  # how often a key is used at most
     # An error of the scores is one of the logarithm of every probability.
     amplified = 1.0 + score
+    # delta is a product with the output as it was rounded: one error for all keys of a row. Of one
+    # rounding the RMS is about a quarter of eps; what is returned here is taken times fp32's.
+    out = probabilities @ problem.inputs[2].detach().double().repeat_interleave(group, 1)
+    eps = torch.finfo(problem.inputs[0].dtype).eps / torch.finfo(torch.float32).eps
+    delta = scale * eps / 4 * (grad * out).square().sum(-1).sqrt().max().item()
+    used = probabilities.square().sum(-2).sqrt().max().item() * group
     return {
         "score": score,
         "value": value.max().item() * amplified,
-        "gradient of query": scale * grad_p * key.max().item() * amplified,
-        "gradient of key": scale * grad_p * query.max().item() * column * amplified,
+        "gradient of query": (scale * grad_p * amplified + delta) * key.max().item(),
+        "gradient of key": (scale * grad_p * column * amplified + delta * used)
+        * query.max().item(),
         "gradient of value": grad.max().item() * column * amplified,
     }
 

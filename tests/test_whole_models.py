@@ -103,6 +103,28 @@ def test_the_limit_computes_no_attention(model, inputs):
     assert torch.equal(out.transpose(1, 2), value.repeat_interleave(2, dim=1))
 
 
+def test_in_a_capture_sdpa_gets_no_mask_either(tmp_path, monkeypatch):
+    """transformers makes one where it cannot read position_ids; fast kernels take none."""
+    from transformers import masking_utils
+
+    context = Context(torch.device("cpu"), quick=True, out=tmp_path, progress=print)
+    llama = llm.MODELS["LLaMA, tiny"](llm.Case("LLaMA, tiny", 48), context)
+    tokens = {"input_ids": torch.arange(48)[None], "use_cache": False}
+    sdpa, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attend(*args, attn_mask=None, **options):
+        masks.append(attn_mask is not None)
+        return sdpa(*args, attn_mask=attn_mask, **options)
+
+    expected = whole_models.prepare(SDPA, llama).call(tokens, "logits")
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *args: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for attention in (SDPA, SDPA.in_capture(is_prefill=True)):
+        logits = whole_models.prepare(attention, llama).call(tokens, "logits")
+        torch.testing.assert_close(logits, expected)
+    assert masks == [True, True, False, False]
+
+
 def test_the_check_runs_on_the_first_layers(model):
     copied = whole_models.shared_copy(model)
     whole_models.cut(copied, 1)

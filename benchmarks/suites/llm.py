@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -120,14 +120,12 @@ def _run_case(
 ) -> Iterator[Row]:
     seconds = {"full": 6.0, "quick": 3.0, "small": 0.1}[context.form]
     if case.phase == PREFILL:
-        # Without a cache transformers looks for packed sequences, which it cannot in a capture:
-        # there it would give SDPA a mask.
-        among, options = attentions(context.form), {"use_cache": case.captured}
+        among, options = attentions(context.form), {"use_cache": False}
     else:
         among, options = decoding_attentions(context.form), {}
     if context.on_gpu and (case.captured or case.phase == DECODE):
         among, others = (
-            tuple(replace(attention, captured=True) for attention in each)
+            tuple(attention.in_capture(case.phase == PREFILL) for attention in each)
             for each in (among, others)
         )
     found = contest(
