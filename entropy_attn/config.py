@@ -54,7 +54,8 @@ class SparsityConfig:
             With ``reorder`` neither counts: only the blocks that hold its prefix are always kept.
         min_length: calls with fewer keys run dense. "auto": calls that sparse attention would not
             make faster, by what was measured on this GPU or the nearest one (the crossover table
-            of docs/benchmarks.md); 4096 on other devices.
+            of docs/benchmarks.md), and where a model runs eager those of layers so small that they
+            wait for the host; 4096 on other devices.
         expected_density: the share of the visible blocks that TopP and Perplexity are expected to
             keep, in (0, 1]; blocks that are always kept come on top. min_length="auto" counts on
             it: the real density is known only on the device. TopK states its share. The defaults

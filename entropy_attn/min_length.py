@@ -16,6 +16,15 @@ from entropy_attn.validation import check_block_size
 
 # What min_length="auto" means on devices without measurements, such as the CPU.
 UNMEASURED_LENGTH = 4096
+# Floating point operations of a dense layer below which the GPU waits for the host where a model
+# runs eager: then sparse attention, which launches more kernels, only adds to that. In `bench llm`
+# and `bench vit` on an H200, layers of 1.4e11 became slower (SmolLM2, 8192 tokens) and of 5.7e11
+# faster (ViT-B, 32 images of 512 px); this is between.
+LEAST_WORK = 3e11
+WAITS = (
+    "the layer is so small that it waits for the host where the model runs eager, and sparse "
+    "attention launches more kernels (min_length='auto'): give min_length a number for CUDA graphs"
+)
 
 
 class MinLength:
@@ -54,8 +63,11 @@ class MinLength:
         # A window bounds the keys that a query sees, and with them those that can be left out.
         seen = kv_len if window is None else min(window, kv_len)
         starts, reason = found
-        faster = beats_dense(starts, batch * heads, q_len, seen)
-        return None if faster else reason
+        if not beats_dense(starts, batch * heads, q_len, seen):
+            return reason
+        if torch.compiler.is_compiling():
+            return None
+        return None if dense_work(query.shape, seen, is_causal) >= LEAST_WORK else WAITS
 
     def crossover(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
@@ -65,6 +77,17 @@ class MinLength:
         if kind not in self._known:
             self._known[kind] = expected_crossover(self.config, *kind)
         return self._known[kind]
+
+
+def dense_work(shape: torch.Size, kv_len: int, is_causal: bool) -> float:
+    """Floating point operations of a transformer layer around a query (B, Hq, Nq, D).
+
+    It is taken to be as wide as its heads together, with a feed-forward of four times that width.
+    """
+    batch, heads, q_len, head_dim = shape
+    width = heads * head_dim
+    pairs = q_len * kv_len / (2 if is_causal else 1)
+    return batch * (4 * pairs * width + 24 * q_len * width**2)
 
 
 @torch.compiler.assume_constant_result

@@ -140,13 +140,14 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
         assert first is not None
-        arguments: list[Any] = list(tensors)
-        for position, template in self._described:
-            arguments[position] = _moved(template, tensors[position])
         with device_of(first):
-            self._launch(first.get_device(), arguments)
+            self.on(first.get_device(), *tensors)
 
-    def _launch(self, device: int, tensors: list[Any]) -> None:
+    def on(self, device: int, *arguments: Tensor | None) -> None:
+        """Launch on the current device, which this one is."""
+        tensors: list[Any] = list(arguments)
+        for position, template in self._described:
+            tensors[position] = _moved(template, tensors[position])
         run = self._runs.get(device)
         if run is not None:
             run(*tensors, *self._rest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_attn.kernels.budget import plan_lists
 from entropy_attn.kernels.launch import architecture, ceil_div
-from entropy_attn.kernels.plans import Launch, dot_precision
+from entropy_attn.kernels.plans import Launch, device_of, dot_precision
 from entropy_attn.kernels.pooling import plan_pooling
 from entropy_attn.kernels.scoring import plan_scores
 
@@ -47,35 +47,47 @@ class Prefill:
         kv_lens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, Nq, D), laid out as the query, and the counts of its lists (B, Hq, Mq)."""
+        with device_of(query):
+            return self._launch(query.get_device(), query, key, value, q_lens, kv_lens)
+
+    def _launch(
+        self,
+        on: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_lens: Tensor | None,
+        kv_lens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         dtype, device = query.dtype, query.device
         query_groups = torch.empty(self.query_groups, dtype=dtype, device=device)
         key_groups = torch.empty(self.key_groups, dtype=dtype, device=device)
         spreads = torch.empty(self.spreads or (0,), dtype=torch.float32, device=device)
-        self.pool(query, key, query_groups, key_groups, spreads, q_lens, kv_lens)
+        self.pool.on(on, query, key, query_groups, key_groups, spreads, q_lens, kv_lens)
 
         mass = torch.empty(self.mass, dtype=torch.float32, device=device)
         partial, row_lse = (
             torch.empty(shape, dtype=torch.float32, device=device) for shape in self.score.workspace
         )
         given = None if self.spreads is None else spreads
-        self.score(query_groups, key_groups, given, mass, partial, row_lse, q_lens, kv_lens)
+        self.score.on(on, query_groups, key_groups, given, mass, partial, row_lse, q_lens, kv_lens)
 
         tiles = self.mass[:3]
         counts = torch.empty(tiles, dtype=torch.int32, device=device)
         indices = torch.empty((*tiles, self.width), dtype=torch.int32, device=device)
-        self.keep(mass, counts, indices, q_lens, kv_lens)
+        self.keep.on(on, mass, counts, indices, q_lens, kv_lens)
 
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
         # Entropies are not wanted; something of their dtype stands where they would go.
         rows = (out, lse, lse, lse)
         if self.order is None:
-            self.forward(query, key, value, *rows, counts, indices, kv_lens, q_lens)
+            self.forward.on(on, query, key, value, *rows, counts, indices, kv_lens, q_lens)
         else:
             order = torch.empty((self.items + 1, 4), dtype=torch.int32, device=device)
-            self.order(order, counts, indices, kv_lens, q_lens)
+            self.order.on(on, order, counts, indices, kv_lens, q_lens)
             lens = (order if x is None else x for x in (kv_lens, q_lens))
-            self.forward(query, key, value, *rows, indices, *lens, order)
+            self.forward.on(on, query, key, value, *rows, indices, *lens, order)
         return out, counts
 
 

@@ -9,6 +9,7 @@ import torch
 from integration_models import KEEP_FEW, build, dense_logits, padding_mask, tokens
 
 import entropy_attn as ea
+from entropy_attn import min_length as rule
 from entropy_attn.backend import crossover
 
 AUTO = replace(KEEP_FEW, min_length="auto")
@@ -30,6 +31,7 @@ def gpu(monkeypatch):
     points = (measured_on_sm90(128, 0.0), measured_on_sm90(192, 0.7))
     monkeypatch.setattr(crossover, "measured", lambda: points)
     monkeypatch.setattr(crossover, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(rule, "LEAST_WORK", 0.0)
     crossover._find_crossover.cache_clear()
     yield
     crossover._find_crossover.cache_clear()
@@ -61,6 +63,22 @@ def runs(model, config, batch, length, **options) -> dict[str, int]:
 )
 def test_lengths(batch, length, sparse):
     assert runs(half("llama"), AUTO, batch, length) == ({"sparse": 2} if sparse else {PAYS: 2})
+
+
+@torch.no_grad()
+def test_small_layers_run_dense_while_they_run_eager(monkeypatch):
+    model, ids = half("llama"), tokens(2, 192)
+    shape = torch.Size((2, 4, 192, 16))
+    work = 2 * (4 * 192**2 / 2 * 64 + 24 * 192 * 64**2)
+    assert rule.dense_work(shape, 192, is_causal=True) == work
+    monkeypatch.setattr(rule, "LEAST_WORK", work)
+    assert runs(model, AUTO, 2, 192) == {"sparse": 2}
+    monkeypatch.setattr(rule, "LEAST_WORK", work + 1)
+    assert runs(model, AUTO, 2, 192) == {rule.WAITS: 2}
+    assert runs(model, replace(AUTO, min_length=192), 2, 192) == {"sparse": 2}
+    with ea.apply(model, AUTO) as handle:  # a graph may have no such wait
+        torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False)
+        assert [layer.compiled for layer in handle.stats().layers] == [{"sparse": 1}] * 2
 
 
 @pytest.mark.parametrize("min_length", [0, 100])

@@ -53,6 +53,7 @@ class SparseLayer:
     def __init__(self, name: str, config: SparsityConfig, dense: bool) -> None:
         self.name = name
         self.config = config
+        self.block_size = check_block_size(config.block_size)
         self.min_length = MinLength(config)
         self.dense = dense
         self.recorder = Recorder()
@@ -109,7 +110,7 @@ class SparseLayer:
             call.query,
             call.key,
             call.value,
-            block_size=config.block_size,
+            block_size=self.block_size,
             scorer=config.scorer,
             budget=config.budget,
             sink=sink,
@@ -151,7 +152,7 @@ class SparseLayer:
             batch,
             call.q_len,
             call.kv_len,
-            check_block_size(self.config.block_size),
+            self.block_size,
             is_causal=call.is_causal,
             window=call.window,
             kv_lens=call.kv_lens,

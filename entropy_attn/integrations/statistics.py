@@ -145,7 +145,6 @@ class Recorder:
         low, high = self.kv_len or (kv_len, kv_len)
         self.kv_len = (min(low, kv_len), max(high, kv_len))
 
-    @torch.no_grad()
     def density(self, counts: Tensor, batch: int, heads: int, visible: Tensor | int) -> None:
         """Add the lists of a block mask, whose lengths are ``counts``.
 
