@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
@@ -52,6 +53,8 @@ class CustomOp:
 
     def __call__(self, *args: Any) -> Any:
         tensors = _tensors_of(args)
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            self._refuse_tangents(tensors)
         if _is_watched(tensors):
             return self.overload(*args)
         if not _records_gradients(tensors):
@@ -82,6 +85,13 @@ class CustomOp:
         parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._recorded = type(self._key, (torch.autograd.Function,), parts)
 
+    def _refuse_tangents(self, tensors: list[Tensor]) -> None:
+        """They would be lost without a word."""
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(
+                f"{self._name} has no forward-mode derivative; use backward-mode autograd"
+            )
+
     def refuse_gradients(self) -> None:
         """A backward through the op raises."""
 
@@ -103,7 +113,8 @@ def is_unwatched(args: Iterable[Any]) -> bool:
     nothing that is negated when it is read. Kernels that others registered for an op do not count.
     """
     tensors = _tensors_of(args)
-    return not _is_watched(tensors) and not _records_gradients(tensors)
+    may_have_tangents = forward_ad._current_level >= 0
+    return not (may_have_tangents or _is_watched(tensors) or _records_gradients(tensors))
 
 
 def _tensors_of(args: Iterable[Any]) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""min_length: which calls are too short for sparse attention to be faster, known from sizes alone.
+"""min_length: which calls are too short for sparse attention to be faster.
 
-With "auto" what was measured decides, at the density to expect. The density of a call is known
-only on the device, after its blocks were chosen, and reading it would make the call wait.
+That is known from their sizes, and from whether torch.compile traces them, never from values: with
+"auto" what was measured decides, at the density to expect. The density of a call is known only on
+the device, after its blocks were chosen, and reading it would make the call wait.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WAITS = (
 
 
 class MinLength:
-    """Decides by the sizes of a call whether it is too short to run sparse."""
+    """Decides whether a call is too short to run sparse."""
 
     def __init__(self, config: SparsityConfig) -> None:
         self.config = config
@@ -67,7 +68,8 @@ class MinLength:
             return reason
         if torch.compiler.is_compiling():
             return None
-        return None if dense_work(query.shape, seen, is_causal) >= LEAST_WORK else WAITS
+        work = dense_work(query.shape, kv_len, is_causal, seen)
+        return None if work >= LEAST_WORK else WAITS
 
     def crossover(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, is_causal: bool
@@ -79,14 +81,20 @@ class MinLength:
         return self._known[kind]
 
 
-def dense_work(shape: torch.Size, kv_len: int, is_causal: bool) -> float:
-    """Floating point operations of a transformer layer around a query (B, Hq, Nq, D).
+def dense_work(shape: torch.Size, kv_len: int, is_causal: bool, seen: int) -> int:
+    """Floating point operations of the forward of a layer around a query (B, Hq, Nq, D).
 
     It is taken to be as wide as its heads together, with a feed-forward of four times that width.
+
+    Args:
+        seen: keys that a query sees at most.
     """
     batch, heads, q_len, head_dim = shape
     width = heads * head_dim
-    pairs = q_len * kv_len / (2 if is_causal else 1)
+    pairs = q_len * seen
+    if is_causal:  # the queries are the last tokens, and the first of them may see fewer keys
+        fewer = max(seen - max(kv_len - q_len, 0), 0)
+        pairs -= fewer * (fewer - 1) // 2
     return batch * (4 * pairs * width + 24 * q_len * width**2)
 
 

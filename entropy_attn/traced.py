@@ -1,7 +1,8 @@
-"""Objects that code under torch.compile finds by a text.
+"""What is asked and kept while torch.compile traces or a CUDA graph is captured.
 
-A function marked `torch.compiler.assume_constant_result` runs while torch.compile traces. Texts
-and numbers may go in and out of it, but before torch 2.13 no objects.
+Objects that code under torch.compile needs are found by a text: a function marked
+`torch.compiler.assume_constant_result` runs while torch.compile traces, and texts and numbers may
+go in and out of it, but before torch 2.13 no objects.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
+
+import torch
 
 _numbers = count()
 _objects: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -23,3 +26,9 @@ def key_of(thing: Any) -> str:
 
 def find(key: str) -> Any:
     return _objects[key]
+
+
+def is_capturing(device: torch.device | None) -> bool:
+    """Whether launches on the device are recorded for a CUDA graph; None is no GPU."""
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.is_current_stream_capturing()

@@ -419,9 +419,9 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
 
 
 # This one is compiled in full. For others, which are not measured, a kernel is compiled once for
-# each form (`form_of`), in the largest of the calls that launch it. Switches are Triton code, which
-# was tried here; what is left to ask is whether other compilers take the kernel and whether it fits
-# other memories.
+# each form (`form_of`), in the call of the largest head_dim, then block, that launches it. Switches
+# are Triton code, which was tried here; what is left to ask is whether other compilers take the
+# kernel and whether it fits other memories.
 MEASURED = "sm90"
 
 
@@ -443,7 +443,8 @@ def _size_of(case: Any) -> tuple[int, int]:
 def cases_of(arch: str) -> tuple[Any, ...]:
     """All calls. Where the first of a form stands for the rest, the one that takes most is first.
 
-    That is the largest; of equals the later one above, where calls ask for more and more.
+    That is the one of the largest head_dim, then block; of equals the later one above, where calls
+    ask for more and more.
     """
     cases = CASES + OWN_CASES.get(arch, ())
     if arch == MEASURED:

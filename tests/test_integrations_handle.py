@@ -232,7 +232,7 @@ def test_statistics_of_a_captured_graph(monkeypatch):
     assert recorder.read("layer").density is None
     recorder.density(counts, 1, 2, 16)
     with monkeypatch.context() as patched:
-        patched.setattr(statistics, "_is_captured", lambda counts: True)
+        patched.setattr(statistics, "is_capturing", lambda device: True)
         recorder.density(counts // 3, 1, 2, 16)
     # As a replay does: the sums are added to what lies where they went in the capture.
     recorder._replayed += torch.tensor([8.0, 32.0])

@@ -13,6 +13,7 @@ from entropy_attn import min_length as rule
 from entropy_attn.backend import crossover
 
 AUTO = replace(KEEP_FEW, min_length="auto")
+LEAST_WORK = rule.LEAST_WORK  # without what the tests make of it
 # The models have 4 heads of 16. A mask of AUTO has an expected density of 0.68 at 192 tokens.
 PAYS = (
     "sparse attention pays from 192 keys on, with as many queries and 8 heads over the batch, at "
@@ -65,12 +66,30 @@ def test_lengths(batch, length, sparse):
     assert runs(half("llama"), AUTO, batch, length) == ({"sparse": 2} if sparse else {PAYS: 2})
 
 
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "window"), [(7, 7, 9), (3, 9, 9), (9, 9, 4), (5, 9, 4), (5, 9, 7)]
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_work_of_a_dense_layer(q_len, kv_len, window, is_causal):
+    query, key = torch.arange(kv_len - q_len, kv_len)[:, None], torch.arange(kv_len)
+    pairs = q_len * min(window, kv_len)
+    if is_causal:
+        pairs = int(((key <= query) & (key > query - window)).sum())
+    found = rule.dense_work(torch.Size((2, 3, q_len, 5)), kv_len, is_causal, min(window, kv_len))
+    assert found == 2 * (4 * pairs * 15 + 24 * q_len * 15**2)
+
+
+def test_the_least_work_is_between_what_was_slower_and_what_was_faster():
+    """SmolLM2 with 8192 tokens, and ViT-B with 32 images of 512 px (docs/benchmarks.md)."""
+    slower = rule.dense_work(torch.Size((1, 9, 8192, 64)), 8192, True, 8192)
+    faster = rule.dense_work(torch.Size((32, 12, 1025, 64)), 1025, False, 1025)
+    assert 2 * slower < LEAST_WORK < faster / 1.8
+
+
 @torch.no_grad()
 def test_small_layers_run_dense_while_they_run_eager(monkeypatch):
     model, ids = half("llama"), tokens(2, 192)
-    shape = torch.Size((2, 4, 192, 16))
-    work = 2 * (4 * 192**2 / 2 * 64 + 24 * 192 * 64**2)
-    assert rule.dense_work(shape, 192, is_causal=True) == work
+    work = rule.dense_work(torch.Size((2, 4, 192, 16)), 192, True, 192)
     monkeypatch.setattr(rule, "LEAST_WORK", work)
     assert runs(model, AUTO, 2, 192) == {"sparse": 2}
     monkeypatch.setattr(rule, "LEAST_WORK", work + 1)

@@ -371,16 +371,23 @@ def test_packing_in_a_graph_is_an_error():
 
 @torch.no_grad()
 def test_packing_while_a_graph_is_captured_is_an_error(monkeypatch):
+    from entropy_attn.integrations import transformers as integration
     from entropy_attn.integrations import transformers_masks
 
     model = build("llama")
     ids = tokens(1, 200)
+    lengths = torch.tensor([0, 70, 200], dtype=torch.int32)
     with ea.apply(model, KEEP_ALL):
         expected = model(ids, use_cache=False).logits
-        monkeypatch.setattr(transformers_masks, "_hides_values", lambda device: True)
+        for module in (integration, transformers_masks):
+            monkeypatch.setattr(module, "is_capturing", lambda device: True)
+        # Then transformers passes position_ids on as if they were of packed sequences.
+        monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *args: True)
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
         with pytest.raises(RuntimeError, match="packed sequences"):
             model(ids, position_ids=POSITIONS[:1], use_cache=False)
+        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+            model(ids, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, use_cache=False)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case
+from torch.autograd import forward_ad
 
 import entropy_attn as ea
 from entropy_attn import custom_ops, ops
@@ -164,6 +165,16 @@ def test_gradients_are_those_that_the_dispatcher_records(
             found.append((out, *torch.autograd.grad(loss, leaves)))
     for got, expected in zip(*found, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tangents_are_refused_and_not_lost(backend: str, device: str) -> None:
+    query, key, value = Case(q_len=20, kv_len=24, head_dim=16).build(device).inputs
+    with forward_ad.dual_level():
+        ea.attention_with_entropy(query, key, value, block_size=16, backend=backend)
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ea.attention_with_entropy(dual, key, value, block_size=16, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

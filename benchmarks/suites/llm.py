@@ -79,6 +79,7 @@ def cases(form: str) -> list[Case]:
     found += [Case("LLaMA-2-7B", n, batch=b) for n, b in ((16384, 1), (32768, 1), (16384, 8))]
     found += [Case("Mistral-7B", 32768), Case("Mistral-7B", 65536)]
     found += [Case("Mistral-7B", n, batch=b) for b in (1, 8) for n in (16384, 32768)]
+    found += [Case("Mistral-7B", 65536, batch=8)]  # 64 GiB of keys and values
     found += [Case("Phi-2", 32768), Case("SmolLM2-135M", 8192)]
     return [*found, Case("SmolLM2-135M", 8192, captured=True)]
 

@@ -95,7 +95,7 @@ class SparseLayer:
         return self._attend_sparse(call)
 
     def _reason_for_dense(self, call: AttentionCall) -> str | None:
-        """Only sizes decide: the lengths of a padded batch stay on the device."""
+        """No values decide: the lengths of a padded batch stay on the device."""
         if self.dense:
             return "the layer is in dense_layers"
         if call.q_len < self.config.min_queries:

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from entropy_attn.custom_ops import custom_op
 from entropy_attn.integrations.call import AttentionCall
 from entropy_attn.reference.dense import visible_pairs
+from entropy_attn.traced import is_capturing
 
 VALID, QUERY = 1, 2
 
@@ -64,7 +65,7 @@ def query_ends(call: AttentionCall) -> Tensor:
     source = call.mask
     # A captured graph must find it anew in each replay, and what is known of a tensor of inference
     # mode may be out of date.
-    if source is None or source.is_inference() or _is_capturing(source.device):
+    if source is None or source.is_inference() or is_capturing(source.device):
         return _query_ends(call.codes)
     version = source._version
     known, ends = _ends.get(source, (None, None))
@@ -72,10 +73,6 @@ def query_ends(call: AttentionCall) -> Tensor:
         ends = _query_ends(call.codes)
         _ends[source] = (version, ends)
     return ends
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _query_ends(codes: Tensor) -> Tensor:

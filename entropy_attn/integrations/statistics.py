@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn.integrations.table import render
-from entropy_attn.traced import find, key_of
+from entropy_attn.traced import find, is_capturing, key_of
 
 SPARSE, DECODED = "sparse", "decoded"
 # Masks, and their rows in all, that a layer keeps until they are added up.
@@ -153,7 +153,7 @@ class Recorder:
         """
         times = (batch // counts.shape[0]) * (heads // counts.shape[1])
         replayed = self._replayed_totals(counts.device)
-        if _is_captured(counts):  # what the graph writes is only there until it runs again
+        if is_capturing(counts.device):  # what the graph writes is only there until it runs again
             replayed[0].add_(counts.sum(dtype=torch.float64) * times)
             replayed[1].add_(visible * heads)
             return
@@ -212,10 +212,6 @@ def _pair(totals: Tensor | None, dtype: torch.dtype, device: torch.device) -> Te
         return totals
     with torch.inference_mode(False):
         return torch.zeros(2, dtype=dtype, device=device)
-
-
-def _is_captured(counts: Tensor) -> bool:
-    return counts.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result

@@ -24,6 +24,8 @@ from entropy_attn.integrations.packing import (
     packing_from_segments,
 )
 from entropy_attn.integrations.padding import codes_from_validity
+from entropy_attn.integrations.transformers_masks import CAPTURED_PACKED
+from entropy_attn.traced import is_capturing
 
 NAME = "entropy_attn"
 # Attribute of an attention module that holds its `Layer`.
@@ -140,6 +142,8 @@ def _packing_from_cumulative(
 ) -> Packing:
     if torch.compiler.is_compiling():
         raise ValueError("cu_seq_lens_q is not supported under torch.compile")
+    if is_capturing(cumulative.device):
+        raise ValueError(CAPTURED_PACKED)
     keys = kwargs.get("cu_seq_lens_k")
     if keys is not None and keys is not cumulative and not torch.equal(keys, cumulative):
         raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q; they must be equal")

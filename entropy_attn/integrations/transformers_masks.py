@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from entropy_attn.integrations.padding import encode
+from entropy_attn.traced import is_capturing
 
 # The patterns of transformers.masking_utils that lengths, windows and sequences express.
 CAUSAL = "causal_mask_function"
@@ -28,8 +29,8 @@ WINDOW = "sliding_window_overlay"
 PACKED = "packed_sequence_mask_function"
 
 CAPTURED_PACKED = (
-    "entropy_attn takes no packed sequences (position_ids that start again) in a CUDA graph, as "
-    "their lengths would have to be read; call the model without one"
+    "entropy_attn takes no packed sequences (position_ids that start again, cu_seq_lens_q) in a "
+    "CUDA graph, as their lengths would have to be read; call the model without one"
 )
 
 
@@ -228,7 +229,4 @@ def _all(valid: Tensor) -> bool:
 
 def _hides_values(device: torch.device | None) -> bool:
     """Whether the values of tensors cannot be read now: torch.compile or a graph's capture."""
-    if torch.compiler.is_compiling():
-        return True
-    is_cuda = device is not None and device.type == "cuda"
-    return is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or is_capturing(device)
