@@ -36,6 +36,7 @@ def backward_config(
     block_size: tuple[int, int],
     is_causal: bool = False,
     copy_engine: bool = False,
+    block_entropy: bool = False,
 ) -> BackwardConfig:
     """The measured default (docs/kernels.md)."""
     block_q, block_k = block_size
@@ -55,6 +56,11 @@ def backward_config(
     key_block_n, query_block_m = min(block_k, rows), min(block_q, rows)
     if block_d <= 64:
         key_block_n = min(key_block_n, 64)  # two programs a multiprocessor
+    key_warps = 8 if key_block_n == 128 or block_d > 128 else 4
+    if block_entropy:
+        # What it takes besides would not fit the registers of sm_80: ptxas spills kilobytes.
+        key_block_n = min(key_block_n, 64)
+        query_block_m = min(query_block_m, 32) if block_d > 128 else query_block_m
     key_stages = query_stages = 1
     if arch == "sm90":
         key_stages = 3 if (key_block_n == 128) == (block_d == 128) else 2
@@ -62,7 +68,7 @@ def backward_config(
     return BackwardConfig(
         key_block_m=min(block_q, step),
         key_block_n=key_block_n,
-        key_warps=8 if key_block_n == 128 or block_d > 128 else 4,
+        key_warps=key_warps,
         key_stages=key_stages,
         query_block_m=query_block_m,
         query_block_n=min(block_k, step),

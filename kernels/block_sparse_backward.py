@@ -513,7 +513,13 @@ def _plan_backward(
     kv_heads, kv_len = key.shape[1:3]
     given = [query, key] if grad_out is None else [query, key, value, grad_out]
     config = config or backward_config(
-        arch, head_dim, query.element_size(), block_size, is_causal, has_copy_engine(arch, *given)
+        arch,
+        head_dim,
+        query.element_size(),
+        block_size,
+        is_causal,
+        has_copy_engine(arch, *given),
+        block_entropy,
     )
     padded_len = statistics.shape[-1]
     terms_a_row = 0 if row_terms is None else row_terms.shape[-1]

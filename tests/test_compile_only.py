@@ -78,8 +78,9 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
         if each["shared"] > limit
     ]
     assert not too_large, f"{arch} has {limit / KIB:.0f} KiB: {too_large}"
-    # A kernel that the compiler gave up on is a trap; it takes four registers.
-    assert all(each["registers"] > 8 for each in compiled)
+    # A kernel that the compiler gave up on is a trap, or keeps nearly all it has in memory.
+    given_up = [e for e in compiled if e["registers"] <= 8 or e["spills"] > 4 * KIB]
+    assert not given_up
 
 
 def test_unused_barriers_are_found():
