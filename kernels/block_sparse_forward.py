@@ -272,7 +272,7 @@ def forward_config(
         num_warps = 8 if block_m == 128 and (block_d == 128 or block_n == 64) else 4
         num_stages = 2 if (entropy and block_d == block_m == 128) or block_d > 128 else 3
     else:
-        # The fp32 tiles of 64 queries do not fit the registers of four warps: on sm_100 ptxas spills
+        # fp32 tiles of 64 queries do not fit the registers of four warps: on sm_100 ptxas spills
         # 19 KB a thread. On sm_90, where four were the default all along, eight were not timed.
         spills = itemsize == 4 and block_m == 64 and arch != "sm90"
         num_warps = 8 if block_m == 128 or spills else 4
