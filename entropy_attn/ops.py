@@ -78,13 +78,14 @@ def forward_kernel(
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
-    if _pairs(query, key) < (SMALL if query.shape[3] > 64 else SMALL_NARROW):
+    if _is_small(query, key, SMALL, SMALL_NARROW):
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
 
 
-def _pairs(query: Tensor, key: Tensor) -> int:
-    return query.shape[:3].numel() * key.shape[2]
+def _is_small(query: Tensor, key: Tensor, least: int, least_narrow: int) -> bool:
+    pairs = query.shape[:3].numel() * key.shape[2]
+    return pairs < (least if query.shape[3] > 64 else least_narrow)
 
 
 def backward_kernel(
@@ -114,7 +115,7 @@ def backward_kernel(
         )
     if problem is not None:
         return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
-    if _pairs(query, key) < (SMALL_BACKWARD if query.shape[3] > 64 else SMALL_BACKWARD_NARROW):
+    if _is_small(query, key, SMALL_BACKWARD, SMALL_BACKWARD_NARROW):
         return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 

@@ -463,13 +463,13 @@ def block_sparse_backward(
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
 
-    tensors = (grad_out, query, key, value, statistics)
     row_terms, column_terms = terms if terms is not None else (None, None)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
     visit_queries, visit_keys = _plan_backward(
-        *tensors, row_terms, column_terms, counts, indices, kv_lens, q_lens, offsets, rows,
-        block_size, is_causal, window, scale, row_entropy, block_entropy, config,
+        grad_out, query, key, value, statistics, row_terms, column_terms, counts, indices,
+        kv_lens, q_lens, offsets, rows, grad_query.stride(), grad_key.stride(), block_size,
+        is_causal, window, scale, row_entropy, block_entropy, config,
         architecture(query.device), dot_precision(query.dtype),
     )  # fmt: skip
     visit_queries(
@@ -498,6 +498,8 @@ def _plan_backward(
     q_lens: Tensor | None,
     offsets: Tensor | None,
     rows: Tensor | None,
+    grad_query_strides: tuple[int, ...],
+    grad_key_strides: tuple[int, ...],
     block_size: tuple[int, int],
     is_causal: bool,
     window: int,
@@ -561,7 +563,7 @@ def _plan_backward(
     visit_queries = Launch(
         _key_value_kernel, (kv_tiles * batch * kv_heads,),
         (
-            *strides, _contiguous_strides(key), *list_strides(offsets, rows),
+            *strides, grad_key_strides, *list_strides(offsets, rows),
             heads, kv_heads, q_len, kv_len, padded_len, kv_tiles, window, scale, terms_a_head,
             1 if indices is not None else terms_a_row,
         ),
@@ -573,7 +575,7 @@ def _plan_backward(
     visit_keys = Launch(
         _query_kernel, (q_tiles * batch * heads,),
         (
-            *strides, _contiguous_strides(query), *list_strides(counts, indices),
+            *strides, grad_query_strides, *list_strides(counts, indices),
             heads, heads // kv_heads, q_len, kv_len, padded_len, q_tiles, window, scale,
             terms_a_head, terms_a_row,
         ),
@@ -582,9 +584,3 @@ def _plan_backward(
         num_warps=config.query_warps, num_stages=config.query_stages, **shared,
     )  # fmt: skip
     return visit_queries, visit_keys
-
-
-def _contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of its gradient: the strides that a contiguous (B, H, N, D) has."""
-    heads, length, head_dim = tensor.shape[1:]
-    return heads * length * head_dim, length * head_dim, head_dim, 1

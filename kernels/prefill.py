@@ -47,52 +47,40 @@ class Prefill:
         kv_lens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, Nq, D), laid out as the query, and the counts of its lists (B, Hq, Mq)."""
+        dtype, device, index = query.dtype, query.device, query.get_device()
         with device_of(query):
-            return self._launch(query.get_device(), query, key, value, q_lens, kv_lens)
+            query_groups = torch.empty(self.query_groups, dtype=dtype, device=device)
+            key_groups = torch.empty(self.key_groups, dtype=dtype, device=device)
+            spreads = torch.empty(self.spreads or (0,), dtype=torch.float32, device=device)
+            self.pool.on(index, query, key, query_groups, key_groups, spreads, q_lens, kv_lens)
 
-    def _launch(
-        self,
-        device_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        q_lens: Tensor | None,
-        kv_lens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        dtype, device = query.dtype, query.device
-        query_groups = torch.empty(self.query_groups, dtype=dtype, device=device)
-        key_groups = torch.empty(self.key_groups, dtype=dtype, device=device)
-        spreads = torch.empty(self.spreads or (0,), dtype=torch.float32, device=device)
-        self.pool.on(device_index, query, key, query_groups, key_groups, spreads, q_lens, kv_lens)
-
-        mass = torch.empty(self.mass, dtype=torch.float32, device=device)
-        partial, row_lse = (
-            torch.empty(shape, dtype=torch.float32, device=device) for shape in self.score.workspace
-        )
-        given = None if self.spreads is None else spreads
-        self.score.on(
-            device_index, query_groups, key_groups, given, mass, partial, row_lse, q_lens, kv_lens
-        )
-
-        tiles = self.mass[:3]
-        counts = torch.empty(tiles, dtype=torch.int32, device=device)
-        indices = torch.empty((*tiles, self.width), dtype=torch.int32, device=device)
-        self.keep.on(device_index, mass, counts, indices, q_lens, kv_lens)
-
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
-        # Entropies are not wanted; something of their dtype stands where they would go.
-        rows = (out, lse, lse, lse)
-        if self.order is None:
-            self.forward.on(
-                device_index, query, key, value, *rows, counts, indices, kv_lens, q_lens
+            mass = torch.empty(self.mass, dtype=torch.float32, device=device)
+            partial, row_lse = (
+                torch.empty(shape, dtype=torch.float32, device=device)
+                for shape in self.score.workspace
             )
-        else:
-            order = torch.empty((self.items + 1, 4), dtype=torch.int32, device=device)
-            self.order.on(device_index, order, counts, indices, kv_lens, q_lens)
-            lens = (order if x is None else x for x in (kv_lens, q_lens))
-            self.forward.on(device_index, query, key, value, *rows, indices, *lens, order)
-        return out, counts
+            given = None if self.spreads is None else spreads
+            self.score.on(
+                index, query_groups, key_groups, given, mass, partial, row_lse, q_lens, kv_lens
+            )
+
+            tiles = self.mass[:3]
+            counts = torch.empty(tiles, dtype=torch.int32, device=device)
+            indices = torch.empty((*tiles, self.width), dtype=torch.int32, device=device)
+            self.keep.on(index, mass, counts, indices, q_lens, kv_lens)
+
+            out = torch.empty_like(query)
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
+            # Entropies are not wanted; something of their dtype stands where they would go.
+            rows = (out, lse, lse, lse)
+            if self.order is None:
+                self.forward.on(index, query, key, value, *rows, counts, indices, kv_lens, q_lens)
+            else:
+                order = torch.empty((self.items + 1, 4), dtype=torch.int32, device=device)
+                self.order.on(index, order, counts, indices, kv_lens, q_lens)
+                lens = (order if x is None else x for x in (kv_lens, q_lens))
+                self.forward.on(index, query, key, value, *rows, indices, *lens, order)
+            return out, counts
 
 
 def plan_prefill(
