@@ -62,7 +62,7 @@ soak: $(READY) ## Launch the kernels 10,000 times on random shapes, on a GPU, an
 
 sanitize: $(READY) ## Run some of these launches under compute-sanitizer's memcheck, on a GPU.
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --target-processes all --error-exitcode 1 \
-	  $(PYTHON) tests/soak.py --launches 32 --repeats 1
+	  $(PYTHON) tests/soak.py --launches 32 --repeats 1 --workers $(GPU_WORKERS)
 
 lint: $(READY) ## Check style, format and types.
 	$(PYTHON) -m ruff check .

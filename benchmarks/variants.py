@@ -112,7 +112,12 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
         "dP before the exponentials": {"early": True},
         "dP after the exponentials": {"early": False},
         "one stage": {"stages": 1},
+        "sums all cleared before and rounded after, longest of all heads first": {"unit": 1e6},
     }
+    for unit in (0.01, 0.5, 1.0):
+        for lead in (1, 2, 3):
+            words = f"units of {unit} programs a multiprocessor, lead {lead}"
+            changes[words] = {"unit": unit, "lead": lead}
     return _others(default, changes)
 
 

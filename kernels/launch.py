@@ -41,6 +41,13 @@ def _architecture(index: int) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
+@cache
+def device_limits(index: int) -> tuple[int, int]:
+    """(multiprocessors, bytes of L2) of a GPU."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
 def other_gluon() -> str | None:
     """Why kernels in Gluon, whose names change with Triton's versions, cannot run; or None."""
     version = triton.__version__

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 
 
+def H200(index: int) -> tuple[int, int]:
+    """`device_limits` of a GPU that is not here."""
+    return 132, 50 << 20
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention call, forward, backward and tile mass.
@@ -170,7 +175,7 @@ class Hopper:
         from entropy_attn.kernels.hopper import forward
         from entropy_attn.masks import BlockMask
 
-        forward._device_limits = lambda index: (132, 50 << 20)
+        forward.device_limits = H200
         query = torch.zeros(1, 4, 1000, self.head_dim, dtype=self.dtype)
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
         mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
@@ -201,9 +206,10 @@ class BackwardForHopper:
 
     def run(self) -> None:
         from entropy_attn.block_lists import column_lists
-        from entropy_attn.kernels.hopper.backward import hopper_backward
+        from entropy_attn.kernels.hopper import backward
         from entropy_attn.masks import BlockMask
 
+        backward.device_limits = H200
         query = torch.zeros(1, 4, 1024, self.head_dim, dtype=self.dtype)
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
         columns = None
@@ -211,7 +217,7 @@ class BackwardForHopper:
             mask = BlockMask.full(1, 4, 1024, self.kv_len, 128)
             columns = column_lists(mask.kv_num_blocks, mask.kv_indices, -(-self.kv_len // 128))
         lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
-        hopper_backward(
+        backward.hopper_backward(
             query, query, key, key, torch.zeros(1, 4, 2, 1024), columns, (128, 128),
             self.is_causal, self.head_dim**-0.5, kv_lens=lens, q_lens=lens,
         )  # fmt: skip

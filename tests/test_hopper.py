@@ -12,7 +12,8 @@ from attention_cases import Case
 
 import entropy_attn as ea
 from entropy_attn import ops
-from entropy_attn.kernels.hopper.order import heads_together, work_order
+from entropy_attn.block_lists import column_lists
+from entropy_attn.kernels.hopper.order import column_order, heads_together, work_order
 from entropy_attn.reference import attention as reference
 from entropy_attn.reference import dense
 from entropy_attn.testing import assert_close_to_reference
@@ -92,6 +93,29 @@ def test_work_order(problem, is_listed, given, device):
             seen.append((bool(keys.any()), len(keys) > 0 and bool(keys.all()) and is_whole))
         assert last == sum(some for some, _ in seen)
         assert full == sum(every for _, every in seen)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize(("batch", "kv_heads", "group", "together"), [(2, 3, 1, 2), (1, 2, 3, 5)])
+def test_column_order(batch, kv_heads, group, together, is_shared, device):
+    """Heads in turn, the longest columns of some heads first, whoever lists them in the group."""
+    q_len, kv_len, heads = 1700, 911, kv_heads * group
+    lists = (1, 1) if is_shared else (batch, heads)
+    blocks = irregular_blocks(*lists, q_len, kv_len, (128, 128), device)
+    mask = ea.BlockMask.from_dense(blocks, 128, q_len, kv_len)
+    query = torch.zeros(batch, heads, q_len, 64, dtype=torch.bfloat16, device=device)
+    key = torch.zeros(batch, kv_heads, kv_len, 64, dtype=torch.bfloat16, device=device)
+    offsets, _ = column_lists(mask.kv_num_blocks, mask.kv_indices, blocks.shape[-1])
+    items = column_order(query, key, offsets, together)[:-1, 0].tolist()
+
+    columns = blocks.expand(batch, heads, -1, -1).sum(2)
+    lengths = columns.unflatten(1, (kv_heads, group)).sum(2).flatten().tolist()
+    assert sorted(items) == list(range(len(lengths)))
+    groups = [item // blocks.shape[-1] // together for item in items]
+    assert groups == sorted(groups)
+    for _, members in groupby(items, lambda item: item // blocks.shape[-1] // together):
+        found = [lengths[item] for item in members]
+        assert found == sorted(found, reverse=True)
 
 
 def check_forward(problem, dtype, head_dim, kinds=(), has_lens=False) -> None:

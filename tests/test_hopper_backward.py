@@ -7,6 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from poison import poison_memory
 from test_hopper import hopper, irregular_blocks
 
 import entropy_attn as ea
@@ -25,9 +26,10 @@ PROBLEMS = [
     (2, 4, 2, 1000, 911, 128, True, False, True),
     (4, 2, 2, 600, 700, 256, False, True, True),
 ]
-# The types alternate, so that both meet all problems and all sizes.
+# The types alternate, so that both meet all problems and all sizes. So do a GPU on which work is in
+# many units, and one on which it is in one.
 CALLS = [
-    (problem, head_dim, (torch.float16, torch.bfloat16)[(i + j) % 2])
+    (problem, head_dim, (torch.float16, torch.bfloat16)[(i + j) % 2], (4, 132)[(i + j // 2) % 2])
     for i, problem in enumerate(PROBLEMS)
     for j, head_dim in enumerate((32, 64, 80, 128))
 ]
@@ -35,8 +37,8 @@ CALLS = [
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(("problem", "head_dim", "dtype"), CALLS)
-def test_backward(problem, head_dim, dtype, monkeypatch):
+@pytest.mark.parametrize(("problem", "head_dim", "dtype", "multiprocessors"), CALLS)
+def test_backward(problem, head_dim, dtype, multiprocessors, monkeypatch):
     """As far from the truth as the reference in the same dtype, and 0 where nothing is seen."""
     batch, heads, kv_heads, q_len, kv_len, block_q, is_causal, is_full, padded = problem
     dense = irregular_blocks(batch, heads, q_len, kv_len, (block_q, 128), "cuda")
@@ -62,6 +64,8 @@ def test_backward(problem, head_dim, dtype, monkeypatch):
         loss = torch.where(seen, lse, 0.0) * grad_lse
         return torch.autograd.grad((out * convert(grad)).sum() + loss.sum(), leaves)
 
+    backward = import_module("entropy_attn.kernels.hopper.backward")
+    monkeypatch.setattr(backward, "device_limits", lambda index: (multiprocessors, 50 << 20))
     monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
     monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
     choice, why = ops.backward_kernel(
@@ -76,6 +80,45 @@ def test_backward(problem, head_dim, dtype, monkeypatch):
         allowed = 2 * (reference - true).abs().max() + torch.finfo(dtype).eps * scale
         assert (found - true).abs().max() <= allowed, f"gradient of {name}"
         assert ((found == 0) | (true != 0)).all(), f"gradient of {name}"
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_many_units(group, is_listed, monkeypatch):
+    """Sums that programs of other heads clear and round: what one unit gives, dQ but for its order.
+
+    New memory is full of NaN, which a sum that was not cleared keeps.
+    """
+    backward = import_module("entropy_attn.kernels.hopper.backward")
+    batch, heads, length = 2, 16, 1100
+    poison_memory()
+    query, grad = torch.randn(
+        2, batch, group * heads, length, 64, device="cuda", dtype=torch.bfloat16
+    )
+    key, value = torch.randn(2, batch, heads, length, 64, device="cuda", dtype=torch.bfloat16)
+    mask = ea.BlockMask.full(batch, group * heads, length, length, 128, device="cuda")
+    if is_listed:
+        blocks = irregular_blocks(batch, group * heads, length, length, (128, 128), "cuda")
+        mask = ea.BlockMask.from_dense(blocks, 128, length, length)
+    monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
+
+    def gradients(multiprocessors):
+        limits = multiprocessors, 50 << 20
+        monkeypatch.setattr(backward, "device_limits", lambda index: limits)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = ea.block_sparse_attention(*leaves, mask, is_causal=True, backend="triton")
+        return torch.autograd.grad(out, leaves, grad)
+
+    for least, count in ((500_000, 1), (66, 4), (1, 32)):
+        assert backward.divide(batch * heads, 9, group * length, least, 2).count == count
+    single = gradients(10**6)
+    for multiprocessors in (132, 2):
+        several = gradients(multiprocessors)
+        torch.testing.assert_close(several[0], single[0], atol=1e-2, rtol=1e-2)
+        assert torch.equal(several[1], single[1])
+        assert torch.equal(several[2], single[2])
 
 
 @hopper

@@ -8,13 +8,15 @@ A program takes a block of 128 keys and walks over the queries that list it (the
 CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV in
 registers; a producer warp feeds rings of queries and of their gradients through the copy engine,
 with each row's lse and delta. Scores are computed once, transposed, so that P^T and dS^T are left
-operands in the registers where they are.
+operands in the registers where they are. Within a few heads the longest columns come first
+(`order.column_order`).
 
 dQ is the sum of the programs' parts: dS goes through shared memory, as each warpgroup needs both
 halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
 fp32 sums in memory (as in FlashAttention-3, Shah et al., arXiv 2407.08608). The order of these
 additions is not fixed. dQ of a step is computed in the step after, so that a warpgroup does not
-wait for what the other does at the same time.
+wait for what the other does at the same time. Two more warps clear and round the sums of other
+heads meanwhile (`sums`).
 
 Memory and barriers. `Ring` is described in `primitives`. For dS a slot is filled by both
 warpgroups, each its half, and read by both:
@@ -46,20 +48,34 @@ from entropy_attn.kernels.hopper.columns import (
     PIECE,
     Buffers,
     Columns,
-    add_to_global,
 )
 from entropy_attn.kernels.hopper.config import REGISTERS
 from entropy_attn.kernels.hopper.forward import descriptor
+from entropy_attn.kernels.hopper.order import column_order
 from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring, valid_ends
+from entropy_attn.kernels.hopper.sums import (
+    WARPS,
+    Sums,
+    Units,
+    add_to_global,
+    divide,
+    partly_cleared,
+    round_last,
+)
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
     ceil_div,
+    device_limits,
     exponent_scale,
     has_copy_engine,
     list_strides,
 )
 from entropy_attn.kernels.plans import Launch, planned
+
+# Of the division of work, which follows from lengths.
+UNITS = "units", "lead", "programs", "unit_rows", "all_rows", "share"
+
 
 # Producer
 
@@ -112,6 +128,18 @@ def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, row
 
 
 @gluon.jit
+def _zero():
+    """0, of which the compiler does not know that it is the same in each step.
+
+    It would compute the descriptors of keys and values before the loop, all sixteen, and as they do
+    not fit the registers, load them from the stack in each step, in front of the products.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _row_values(buffers, use, layout: gl.constexpr, PART: gl.constexpr):
     """(M,) lse or delta of a slot's rows."""
     return buffers.row_values.index(use % buffers.queries.SLOTS * 2 + PART).load(layout)
@@ -154,8 +182,8 @@ def _step(
     DTYPE: gl.constexpr = buffers.queries.tiles.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     row_layout: gl.constexpr = gl.SliceLayout(0, layout)
-    keys = buffers.keys.tile(0, WARPGROUP)  # (64, D)
-    values = buffers.values.tile(0, WARPGROUP)  # (64, D)
+    keys = buffers.keys.tiles.index(WARPGROUP + _zero())  # (64, D)
+    values = buffers.values.tiles.index(WARPGROUP + _zero())  # (64, D)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
 
     buffers.queries.wait_full(use)
@@ -202,13 +230,13 @@ def _step(
 
 @gluon.jit
 def _store(buffers, descriptor, grad, batch, head, start, WARPGROUP: gl.constexpr):
-    """Write dK or dV of this warpgroup's keys, those that exist."""
+    """Write dK or dV of this warpgroup's keys, those that exist, from where its values were."""
     tma.store_wait(0)
-    tile = buffers.out_tiles.index(WARPGROUP)
+    tile = buffers.values.tile(0, WARPGROUP)
     tile.store(grad.to(tile.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(
-        descriptor, [batch, head, start, 0], buffers.out_boxes.index(WARPGROUP)
+        descriptor, [batch, head, start, 0], buffers.values.boxes.index(WARPGROUP)
     )
 
 
@@ -248,11 +276,10 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             step += 1
         member += 1
     query_part = _query_product(columns, buffers, use, WARPGROUP)
-    query_part = warpgroup_mma_wait(0, deps=(query_part,))
-    _hand_over(columns, buffers, query_part, use, WARPGROUP)
-    mbarrier.wait(buffers.sum_empty, use & 1)  # dK and dV leave through the same memory
     start = key_start + WARPGROUP * KEYS
     _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
+    query_part = warpgroup_mma_wait(0, deps=(query_part,))
+    _hand_over(columns, buffers, query_part, use, WARPGROUP)
     _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
     tma.store_wait(0)
 
@@ -261,12 +288,13 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 
 
 @gluon.jit
-def _writer(columns, buffers, sum_desc):
+def _writer(columns, buffers, sums, sum_desc):
     """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
     batch, kv_head, key_start = columns.place()
     q_end, kv_end = valid_ends(columns, batch)
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
+    sums.wait_cleared()
     use = 1
     member = 0
     while member < columns.GROUP:
@@ -287,26 +315,42 @@ def _writer(columns, buffers, sum_desc):
             use += 1
             step += 1
         member += 1
+    sums.tell_added()
 
 
-@gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads"))
+# Caretaker
+
+
+@gluon.jit
+def _caretaker(buffers, sums, rows_desc):
+    """Clear and round shares of other sums."""
+    sums.clear_and_round(rows_desc, buffers.old_boxes, buffers.old_tiles, buffers.old_full)
+
+
+@gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads", *UNITS))
 def _backward_kernel(
     query_desc, key_desc, value_desc, grad_desc, rows_desc, sum_desc, grad_key_desc,
-    grad_value_desc, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
+    grad_value_desc, old_desc, sums_ptr, grad_query_ptr, counters_ptr,
+    order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, index_stride_b, index_stride_h,
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
-    GROUP: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
-    STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
-    HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, EARLY: gl.constexpr,
+    units, lead, programs, unit_rows, all_rows, share,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr,
+    LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, EARLY: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # Each warpgroup takes one half of dQ: of its rows, or of its columns.
     gl.static_assert(BLOCK_M * BLOCK_D == 8192)
     columns = Columns(
-        offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
+        order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
         count_stride_b, count_stride_h, index_stride_b, index_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
         IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
+    )  # fmt: skip
+    sums = Sums(
+        sums_ptr, grad_query_ptr, counters_ptr, units, lead, programs, unit_rows, all_rows,
+        share, HEAD_DIM,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 0)
@@ -316,7 +360,7 @@ def _backward_kernel(
     row_boxes = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
     sum_boxes = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, PIECE], sum_desc.layout)
     sum_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
+    old_boxes = gl.allocate_shared_memory(gl.float32, [2, 64, PIECE], old_desc.layout)
     buffers = Buffers(
         keys,
         ring(value_desc, 1, 2, KEYS, BLOCK_D, 0),
@@ -333,8 +377,9 @@ def _backward_kernel(
         sum_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
         barriers(1, 2).index(0),
         barriers(1, 1).index(0),
-        sum_boxes._reinterpret(dtype, [2, 1, 1, KEYS, BLOCK_D], grad_key_desc.layout),
-        sum_boxes._reinterpret(dtype, [2, KEYS, BLOCK_D], out_layout),
+        old_boxes,
+        old_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
+        barriers(2, 1),
     )
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
@@ -344,10 +389,11 @@ def _backward_kernel(
             (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, FIRST)),
             (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, SECOND)),
             (_producer, produce),
-            (_writer, (columns, buffers, sum_desc)),
+            (_writer, (columns, buffers, sums, sum_desc)),
+            (_caretaker, (buffers, sums, old_desc)),
         ],
-        [4, 1, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1, WARPS],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 
@@ -362,11 +408,15 @@ class HopperBackwardConfig:
         block_m: queries a step: 64 for head_dim over 64, else 128.
         stages: slots of the ring of queries and their gradients.
         early: dP is started before the exponentials, not after them.
+        unit: programs a multiprocessor, at least, that open and close sums together; see `sums`.
+        lead: units between one that is added to and one that is cleared or rounded.
     """
 
     block_m: int
     stages: int
     early: bool = True
+    unit: float = 0.5
+    lead: int = 2
 
 
 def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
@@ -381,9 +431,10 @@ def _row_descriptor(statistics: Tensor, length: int) -> TensorDescriptor:
 
 
 def _sum_descriptor(sums: Tensor) -> TensorDescriptor:
-    """Of (64, 64) tiles of contiguous (B, H, N, D) fp32."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
-    return TensorDescriptor.from_tensor(sums, [1, 1, 64, PIECE.value], layout)
+    """Of (64, 64) tiles of contiguous fp32, (B, H, N, D) or (rows, D)."""
+    rank = sums.dim()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=rank)
+    return TensorDescriptor.from_tensor(sums, [1] * (rank - 2) + [64, PIECE.value], layout)
 
 
 def unsupported(
@@ -440,13 +491,25 @@ def hopper_backward(
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), grad_key.zero_(), grad_value.zero_()
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
-    sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
-    tensors = (query, key, value, grad_out, statistics, sums, grad_key, grad_value)
-    integers = (offsets, rows, kv_lens, q_lens)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     config = config or hopper_backward_config(query.shape[3])
-    launch = _plan_backward(*tensors, *integers, block_size[0], is_causal, scale, config)
-    launch(*tensors, *(statistics if x is None else x for x in integers))
-    return sums.to(query.dtype), grad_key, grad_value
+    multiprocessors, _ = device_limits(query.get_device())
+    units = divide(
+        key.shape[0] * key.shape[1], ceil_div(key.shape[2], BLOCK_N.value),
+        query.shape[1] // key.shape[1] * query.shape[2],
+        int(config.unit * multiprocessors), config.lead,
+    )  # fmt: skip
+    sums, counters = partly_cleared(query, units)
+    order = None if offsets is None else column_order(query, key, offsets, units.heads)
+    tensors = (
+        query, key, value, grad_out, statistics, sums, grad_key, grad_value,
+        sums, sums, grad_query, counters,
+    )  # fmt: skip
+    integers = (order, offsets, rows, kv_lens, q_lens)
+    launch = _plan_backward(*tensors, *integers, units, block_size[0], is_causal, scale, config)
+    launch(*tensors, *(counters if x is None else x for x in integers))
+    round_last(sums, grad_query, units)
+    return grad_query, grad_key, grad_value
 
 
 @planned
@@ -459,10 +522,16 @@ def _plan_backward(
     sums: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
+    old_sums: Tensor,
+    all_sums: Tensor,
+    grad_query: Tensor,
+    counters: Tensor,
+    order: Tensor | None,
     offsets: Tensor | None,
     rows: Tensor | None,
     kv_lens: Tensor | None,
     q_lens: Tensor | None,
+    units: Units,
     block_q: int,
     is_causal: bool,
     scale: float,
@@ -481,13 +550,16 @@ def _plan_backward(
         (
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
+            units.count, units.lead, units.programs, units.rows, batch * heads * q_len,
+            units.share,
         ),
         described={
             **{n: descriptor(tensor, config.block_m, block_d) for n, tensor in row_sides},
             **{n: descriptor(tensor, KEYS.value, block_d) for n, tensor in key_sides},
             4: _row_descriptor(statistics, config.block_m), 5: _sum_descriptor(sums),
+            8: _sum_descriptor(sums.view(-1, head_dim)),
         },
-        GROUP=heads // kv_heads, BLOCK_D=block_d, BLOCK_M=config.block_m,
+        GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m,
         BLOCK_Q=block_q, STAGES=config.stages, IS_CAUSAL=is_causal,
         MAY_CUT=kv_lens is not None or kv_len % BLOCK_N.value != 0,
         LISTED=rows is not None,

@@ -1,10 +1,8 @@
-"""Parts of the Hopper backward: transposed lists, shared memory, sums by the copy engine."""
+"""Parts of the Hopper backward: transposed lists and shared memory."""
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.primitives import Ring
@@ -15,18 +13,11 @@ BLOCK_N = gl.constexpr(128)  # a program's
 PIECE = gl.constexpr(64)
 
 
-@builtin
-def add_to_global(descriptor, coordinates, source, _semantic=None):
-    """Let the copy engine add a tile in shared memory to one in global memory."""
-    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
-
-
 @aggregate
 class Columns:
-    """The transposed block lists, the shapes and how the kernel is built."""
+    """The transposed block lists, the order of work, the shapes and how the kernel is built."""
 
+    order: gl.tensor
     offsets: gl.tensor
     rows: gl.tensor
     kv_lens: gl.tensor
@@ -53,10 +44,11 @@ class Columns:
 
     @gluon.constexpr_function
     def __init__(
-        self, offsets, rows, kv_lens, q_lens, offset_stride_b, offset_stride_h, row_stride_b,
-        row_stride_h, kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
+        self, order, offsets, rows, kv_lens, q_lens, offset_stride_b, offset_stride_h,
+        row_stride_b, row_stride_h, kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP,
+        BLOCK_M, BLOCK_Q, IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
     ):  # fmt: skip
+        self.order = order
         self.offsets = offsets
         self.rows = rows
         self.kv_lens = kv_lens
@@ -84,9 +76,11 @@ class Columns:
     @gluon.jit
     def place(self):
         """(batch, head of keys, first key) of the program."""
-        program = gl.program_id(0)
-        head = program // self.kv_tiles
-        return head // self.kv_heads, head % self.kv_heads, program % self.kv_tiles * BLOCK_N
+        item = gl.program_id(0)
+        if self.LISTED:
+            item = gl.load(self.order + item * 4)
+        head = item // self.kv_tiles
+        return head // self.kv_heads, head % self.kv_heads, item % self.kv_tiles * BLOCK_N
 
     @gluon.jit
     def column(self, batch, head, key_start):
@@ -153,7 +147,7 @@ class Buffers:
     """Shared memory and barriers.
 
     Attributes:
-        keys, values: rings of one slot, two tiles of (64, D).
+        keys, values: rings of one slot, two tiles of (64, D). dV and dK leave through the latter.
         queries: a ring whose slots hold a tile (BLOCK_M, D) of queries and one of their gradients.
         row_boxes: (2 * slots of `queries`, 1, BLOCK_M) fp32, a slot's lse in base 2 and its delta;
             row_values: the same memory, (.., BLOCK_M).
@@ -162,7 +156,7 @@ class Buffers:
         key_pieces: the keys by 64 columns.
         sum_boxes, sum_tiles: (2, 64, 64) fp32, dQ on its way to the writer; sum_full and
             sum_empty are its barriers.
-        out_boxes, out_tiles: the same memory, (2, 64, D), dK and dV on their way out.
+        old_boxes, old_tiles: (2, 64, 64) fp32, sums on their way to dQ; old_full is their barriers.
     """
 
     keys: Ring
@@ -178,13 +172,14 @@ class Buffers:
     sum_tiles: gl.shared_memory_descriptor
     sum_full: gl.shared_memory_descriptor
     sum_empty: gl.shared_memory_descriptor
-    out_boxes: gl.shared_memory_descriptor
-    out_tiles: gl.shared_memory_descriptor
+    old_boxes: gl.shared_memory_descriptor
+    old_tiles: gl.shared_memory_descriptor
+    old_full: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
         self, keys, values, queries, row_boxes, row_values, scores, pieces, scores_full, key_pieces,
-        sum_boxes, sum_tiles, sum_full, sum_empty, out_boxes, out_tiles,
+        sum_boxes, sum_tiles, sum_full, sum_empty, old_boxes, old_tiles, old_full,
     ):  # fmt: skip
         self.keys = keys
         self.values = values
@@ -199,5 +194,6 @@ class Buffers:
         self.sum_tiles = sum_tiles
         self.sum_full = sum_full
         self.sum_empty = sum_empty
-        self.out_boxes = out_boxes
-        self.out_tiles = out_tiles
+        self.old_boxes = old_boxes
+        self.old_tiles = old_tiles
+        self.old_full = old_full

@@ -28,8 +28,6 @@ where K of step s and V of step s - 1 are used together; the end is an item with
 last product needs no branch.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -63,6 +61,7 @@ from entropy_attn.kernels.launch import (
     adjacent_lists,
     architecture,
     ceil_div,
+    device_limits,
     exponent_scale,
     has_copy_engine,
     list_strides,
@@ -401,13 +400,6 @@ def _forward_kernel(
         )
 
 
-@cache
-def _device_limits(index: int) -> tuple[int, int]:
-    """(multiprocessors, bytes of L2)."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.L2_cache_size
-
-
 def unsupported(
     query: Tensor,
     key: Tensor,
@@ -500,7 +492,7 @@ def hopper_forward(
 
     config = config or hopper_config(query.shape[3], block_size)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
-    multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
+    multiprocessors, l2_bytes = device_limits(query.get_device())
     if order is None:
         order = work_order(
             query, key, counts, indices, block_size, ROWS.value * config.warpgroups, is_causal,
@@ -533,7 +525,7 @@ def plan_attention(
     config = hopper_config(query.shape[3], block_size)
     block_m = ROWS.value * config.warpgroups
     items = query.shape[0] * query.shape[1] * ceil_div(query.shape[2], block_m)
-    multiprocessors, l2_bytes = _device_limits(query.device.index or 0)
+    multiprocessors, l2_bytes = device_limits(query.get_device())
     order = plan_order(
         query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
     )

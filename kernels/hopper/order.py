@@ -1,4 +1,4 @@
-"""The order in which the persistent forward kernel takes its work: heads in turn, longest first.
+"""The order in which the Hopper kernels take their work: heads in turn, longest first.
 
 A work item is a tile of queries of one head. Programs claim items one after the other, so the
 order is all the schedule that there is (list scheduling). The longest items come first (Graham,
@@ -22,6 +22,7 @@ from entropy_attn.kernels.primitives import head_base, valid_length
 
 # That are compared with each other, unless one head has more.
 MOST_ITEMS = 16384
+TILES_A_PROGRAM = 32
 # Columns of a row of the table.
 ITEM_FIELDS = tl.constexpr(4)
 
@@ -43,12 +44,23 @@ def _reach(
 def _lengths(
     counts_ptr, batch, head, tiles, valid, count_strides, q_end, kv_end,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, LISTED: tl.constexpr, HAS_Q_LENS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, LISTED: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """At most how many key blocks tiles of queries visit; -1 where not valid.
 
     Exact but for lists that name blocks after the diagonal or after the last valid key.
+
+    GROUP > 0: the "tiles" are blocks of keys, and the length is that of their columns in all query
+    heads of the group; counts_ptr points to the offsets of the transposed lists.
     """
+    if GROUP > 0:
+        length = tl.zeros_like(tiles)
+        for member in tl.static_range(GROUP):
+            columns = batch * count_strides[0] + (head * GROUP + member) * count_strides[1] + tiles
+            begin = tl.load(counts_ptr + columns, mask=valid, other=0)
+            end = tl.load(counts_ptr + columns + 1, mask=valid, other=0)
+            length += (end - begin).to(tl.int32)
+        return tl.where(valid, length, -1)
     length = _reach(tiles, q_end, kv_end, BLOCK_M, BLOCK_K, IS_CAUSAL)
     if LISTED:
         offsets = batch * count_strides[0] + head * count_strides[1]
@@ -66,7 +78,8 @@ def _order_kernel(
     heads, total_heads, group_heads, q_len, kv_len, q_tiles,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
-    HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     count_strides = count_stride_b, count_stride_h, count_stride_t
     batch_head = tl.program_id(1)  # counts over all heads of all batch rows
@@ -77,7 +90,7 @@ def _order_kernel(
     q_end = valid_length(q_lens_ptr, batch, q_len, HAS_Q_LENS)
     length = _lengths(
         counts_ptr, batch, head, tiles, valid, count_strides, q_end, kv_end,
-        BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS,
+        BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS, GROUP,
     )  # fmt: skip
 
     # The blocks of a list that are visited at all, and those that need no mask.
@@ -117,7 +130,7 @@ def _order_kernel(
         other = _lengths(
             counts_ptr, other_batch, other_head % heads, others % q_tiles,
             others < group_items, count_strides, other_q_end, other_kv_end,
-            BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS,
+            BLOCK_M, BLOCK_Q, BLOCK_K, IS_CAUSAL, LISTED, HAS_Q_LENS, GROUP,
         )  # fmt: skip
         is_longer = other[None, :] > length[:, None]  # (T, C)
         is_tied = (other[None, :] == length[:, None]) & (others[None, :] < own[:, None])
@@ -207,7 +220,7 @@ def plan_order(
     together = heads_together(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
-    tiles_a_program = 32
+    tiles_a_program = TILES_A_PROGRAM
     return Launch(
         _order_kernel, (ceil_div(tiles, tiles_a_program), batch * heads),
         (
@@ -216,6 +229,50 @@ def plan_order(
         BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
-        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None, GROUP=0,
         TILES=tiles_a_program, CHUNK=64, num_warps=4,
+    )  # fmt: skip
+
+
+def column_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -> Tensor:
+    """The order of the backward, whose items are blocks of 128 keys.
+
+    Args:
+        offsets: (B|1, H|1, Mk + 1) of the transposed lists, by `adjacent_lists`.
+        together: heads of keys, over all batch rows, that are open at once.
+
+    Returns:
+        (B * Hkv * Mk + 1, 4) int32, of which the first column is an item's number,
+        (b * Hkv + h) * Mk + t.
+    """
+    batch, kv_heads, kv_len, _ = key.shape
+    rows = batch * kv_heads * (offsets.shape[2] - 1) + 1
+    items = torch.empty((rows, 4), dtype=torch.int32, device=key.device)
+    group = query.shape[1] // kv_heads
+    launch = _plan_column_order(items, offsets, batch, kv_heads, kv_len, group, together)
+    launch(items, offsets, offsets, items, items)
+    return items
+
+
+@planned
+def _plan_column_order(
+    items: Tensor,
+    offsets: Tensor,
+    batch: int,
+    kv_heads: int,
+    kv_len: int,
+    group: int,
+    together: int,
+) -> Launch:
+    tiles = offsets.shape[2] - 1
+    strides = list_strides(offsets, offsets)[:3]
+    return Launch(
+        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * kv_heads),
+        (
+            *strides, 0, 0, 0,
+            kv_heads, batch * kv_heads, together, kv_len, kv_len, tiles,
+        ),
+        BLOCK_M=128, BLOCK_Q=128, BLOCK_K=128, IS_CAUSAL=False, MAY_CUT=False, LISTED=True,
+        HAS_KV_LENS=False, HAS_Q_LENS=False, GROUP=group, TILES=TILES_A_PROGRAM, CHUNK=64,
+        num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,268 @@
+"""Sums of dQ in memory, for the Hopper backward: cleared before and rounded while others add.
+
+Programs add their parts of dQ to fp32 sums. Clearing all of them before and rounding them to the
+dtype of the inputs after would each pass over them once more, while nothing else runs: 6 % of a
+backward of 8192 tokens. Instead the work is divided into units of some heads each. A program of a
+unit also clears its share of the sums of a unit that comes a little later, and rounds its share of
+those of a unit that came a little before. Two warps that had nothing to do take care of that;
+launches of their own clear the first units and round the last.
+
+Two counters a unit tell how many programs have cleared their share, and how many have added all
+they had. A program only waits for programs of units before its own, which were started before it:
+a GPU starts those of a grid in the order of their numbers.
+"""
+
+# No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+from entropy_attn.kernels.launch import ceil_div
+
+ROWS = gl.constexpr(64)  # of a tile of sums, (64, 64) fp32
+COLUMNS = gl.constexpr(64)
+WARPS = gl.constexpr(2)  # that clear and round
+
+
+# Pieces of PTX that Gluon has no name for
+
+
+@builtin
+def add_to_global(descriptor, coordinates, source, _semantic=None):
+    """Let the copy engine add a tile in shared memory to one in global memory."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def _do(INSTRUCTION: gl.constexpr):
+    gl.inline_asm_elementwise(
+        INSTRUCTION + " mov.b32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _wait_added():
+    """Until all that this warp gave the copy engine to add is added, not only read."""
+    _do("cp.async.bulk.wait_group 0;")
+
+
+@gluon.jit
+def _fence_engine():
+    """Order what a thread itself does in memory and what the copy engine does for it."""
+    _do("fence.proxy.async;")
+
+
+@gluon.jit
+def _wait_for(counter, count):
+    """Until programs have raised a counter to ``count``; what they wrote before is seen after."""
+    seen = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    while seen < count:
+        _do("nanosleep.u32 100;")
+        seen = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    _fence_engine()
+
+
+@gluon.jit
+def _raise(counter):
+    """By one, after all that the warps of the partition have written."""
+    _fence_engine()
+    gl.thread_barrier()
+    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@aggregate
+class Sums:
+    """The sums, dQ, and how far they are.
+
+    Attributes:
+        sums, out: to (all rows, D): fp32 sums, and dQ.
+        counters: to (2, units) int32: programs that have cleared, and that have added.
+        units: of work; the last one may have fewer heads than the others.
+        lead: units between one that is added to and one that is cleared or rounded.
+        programs: of a unit.
+        unit_rows: of the sums of a unit; all_rows: of all units.
+        share: rows of any other unit that a program clears or rounds, a multiple of 64.
+    """
+
+    sums: gl.tensor
+    out: gl.tensor
+    counters: gl.tensor
+    units: gl.tensor
+    lead: gl.tensor
+    programs: gl.tensor
+    unit_rows: gl.tensor
+    all_rows: gl.tensor
+    share: gl.tensor
+    HEAD_DIM: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, sums, out, counters, units, lead, programs, unit_rows, all_rows, share, HEAD_DIM
+    ):  # fmt: skip
+        self.sums = sums
+        self.out = out
+        self.counters = counters
+        self.units = units
+        self.lead = lead
+        self.programs = programs
+        self.unit_rows = unit_rows
+        self.all_rows = all_rows
+        self.share = share
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+
+    @gluon.jit
+    def wait_cleared(self):
+        """Before the program adds anything."""
+        unit = gl.program_id(0) // self.programs
+        if unit >= self.lead:
+            _wait_for(self.counters + unit, self.programs)
+
+    @gluon.jit
+    def tell_added(self):
+        """The program adds nothing any more."""
+        _wait_added()
+        _raise(self.counters + self.units + gl.program_id(0) // self.programs)
+
+    @gluon.jit
+    def _rows(self, unit):
+        """(first row, end of the rows) of the program's share of a unit."""
+        first = unit * self.unit_rows + gl.program_id(0) % self.programs * self.share
+        end = gl.minimum((unit + 1) * self.unit_rows, self.all_rows)
+        return first, gl.minimum(first + self.share, end)
+
+    @gluon.jit
+    def _clear(self, first, end):
+        CHUNK: gl.constexpr = 8 * 32 * WARPS
+        layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+        lane = gl.arange(0, CHUNK, layout)
+        zeros = gl.zeros([CHUNK], gl.float32, layout)
+        base = self.sums + first.to(gl.int64) * self.HEAD_DIM
+        size = (end - first) * self.HEAD_DIM
+        start = 0
+        while start < size:
+            gl.store(base + start + lane, zeros, mask=start + lane < size)
+            start += CHUNK
+
+    @gluon.jit
+    def _fetch(self, rows_desc, boxes, full, first, part):
+        """Let the copy engine bring a tile of the share, (64, 64)."""
+        PIECES: gl.constexpr = (self.HEAD_DIM + COLUMNS - 1) // COLUMNS
+        barrier = full.index(part % 2)
+        mbarrier.expect(barrier, 4 * ROWS * COLUMNS)
+        tma.async_copy_global_to_shared(
+            rows_desc, [first + part // PIECES * ROWS, part % PIECES * COLUMNS], barrier,
+            boxes.index(part % 2),
+        )  # fmt: skip
+
+    @gluon.jit
+    def _round(self, rows_desc, boxes, tiles, full, first, end):
+        """From the sums to dQ; the next tile is on its way meanwhile."""
+        STEP: gl.constexpr = 4 * WARPS  # rows at a time: registers are few
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        PIECES: gl.constexpr = (self.HEAD_DIM + COLUMNS - 1) // COLUMNS
+        row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
+        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        parts = (end - first + ROWS - 1) // ROWS * PIECES
+        self._fetch(rows_desc, boxes, full, first, 0)
+        part = 0
+        while part < parts:
+            if part + 1 < parts:
+                self._fetch(rows_desc, boxes, full, first, part + 1)
+            mbarrier.wait(full.index(part % 2), part // 2 & 1)
+            tile = tiles.index(part % 2)
+            columns = part % PIECES * COLUMNS + column
+            for start in gl.static_range(0, ROWS, STEP):
+                values = tile.slice(start, STEP).load(layout)  # (STEP, 64)
+                rows = first + part // PIECES * ROWS + start + row
+                offsets = rows.to(gl.int64)[:, None] * self.HEAD_DIM + columns[None, :]
+                mask = (rows < end)[:, None] & (columns < self.HEAD_DIM)[None, :]
+                gl.store(self.out + offsets, values.to(self.out.dtype.element_ty), mask=mask)
+            gl.thread_barrier()  # before the copy engine fills it again
+            part += 1
+
+    @gluon.jit
+    def clear_and_round(self, rows_desc, boxes, tiles, full):
+        """The program's shares of a unit that comes later and of one that came before.
+
+        Args:
+            rows_desc: of the sums. boxes, tiles: (2, 64, 64) fp32, the same memory; full: its
+                barriers.
+        """
+        unit = gl.program_id(0) // self.programs
+        if unit + self.lead < self.units:
+            first, end = self._rows(unit + self.lead)
+            self._clear(first, end)
+            _raise(self.counters + unit + self.lead)
+        if unit >= self.lead:
+            _wait_for(self.counters + self.units + unit - self.lead, self.programs)
+            first, end = self._rows(unit - self.lead)
+            if first < end:
+                self._round(rows_desc, boxes, tiles, full, first, end)
+
+
+# On the host
+
+
+@dataclass(frozen=True)
+class Units:
+    """How the work is divided.
+
+    Attributes:
+        heads: of keys, of a unit, over all batch rows; the last unit may have fewer.
+        count: of units.
+        lead: units between one that is added to and one that is cleared or rounded.
+        programs: of a unit.
+        rows: of the sums of a unit.
+        share: of these, a program's of any unit; a multiple of 64.
+    """
+
+    heads: int
+    count: int
+    lead: int
+    programs: int
+    rows: int
+    share: int
+
+
+@cache
+def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, lead: int) -> Units:
+    """Units of at least so many programs, if there are as many.
+
+    Args:
+        kv_heads: over all batch rows.
+        kv_tiles: programs of a head of keys; head_rows: queries of it, in all heads of its group.
+    """
+    fewest = min(kv_heads, ceil_div(max(1, least_programs), kv_tiles))
+    # Units of the same size where they are not much larger for it: else all shares are larger.
+    heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), fewest)
+    count = ceil_div(kv_heads, heads)
+    # The programs of the last unit have to do with a share as well.
+    least = (kv_heads - (count - 1) * heads) * kv_tiles
+    share = ceil_div(ceil_div(heads * head_rows, least), ROWS.value) * ROWS.value
+    return Units(heads, count, min(lead, count), heads * kv_tiles, heads * head_rows, share)
+
+
+def partly_cleared(query: Tensor, units: Units) -> tuple[Tensor, Tensor]:
+    """Sums like query in fp32, of which those of the first units are 0, and counters, all 0."""
+    counters = ceil_div(2 * units.count, 32) * 32  # the copy engine wants the sums at 16 bytes
+    sums = query.numel()
+    memory = torch.empty(counters + sums, dtype=torch.float32, device=query.device)
+    memory[: counters + min(units.lead * units.rows * query.shape[3], sums)].zero_()
+    return memory[counters:].view(query.shape), memory[:counters].view(torch.int32)
+
+
+def round_last(sums: Tensor, out: Tensor, units: Units) -> None:
+    """The sums of the last units."""
+    first = (units.count - units.lead) * units.rows
+    out.view(-1, out.shape[3])[first:].copy_(sums.view(-1, out.shape[3])[first:])

@@ -1,0 +1,130 @@
+"""Units of the Hopper backward: how work is divided, and a model of who waits for whom.
+
+The model is kept by hand: a change of the waits in kernels/hopper/sums.py is to be made here too.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entropy_attn.kernels.hopper.sums import ROWS, Units, divide
+
+numbers = st.integers(1, 600)
+
+
+@given(numbers, numbers, numbers, st.integers(0, 200), st.integers(1, 3))
+def test_units_cover_all_heads_and_shares_all_rows(kv_heads, kv_tiles, head_rows, least, lead):
+    units = divide(kv_heads, kv_tiles, head_rows, least, lead)
+    last = kv_heads - (units.count - 1) * units.heads
+    assert 0 < last <= units.heads
+    assert units.programs == units.heads * kv_tiles
+    assert units.rows == units.heads * head_rows
+    assert units.lead == min(lead, units.count)
+    assert units.share % ROWS.value == 0
+    assert last * kv_tiles * units.share >= units.rows
+    if units.count > 1:
+        assert units.programs >= least
+
+
+class Sums:
+    """Which programs have cleared, added to and rounded each unit."""
+
+    def __init__(self, units: Units, programs: int) -> None:
+        self.units, self.programs = units, programs
+        self.cleared = [set() for _ in range(units.count)]
+        self.added = [set() for _ in range(units.count)]
+        self.rounded = [set() for _ in range(units.count)]
+
+    def members(self, unit: int) -> int:
+        return min(self.units.programs, self.programs - unit * self.units.programs)
+
+    def has_cleared(self, unit: int) -> bool:
+        return len(self.cleared[unit]) == self.units.programs
+
+    def has_added(self, unit: int) -> bool:
+        return len(self.added[unit]) == self.units.programs
+
+
+def writer(sums: Sums, program: int, steps: int, wait: bool = True):
+    unit = program // sums.units.programs
+    while wait and unit >= sums.units.lead and not sums.has_cleared(unit):
+        yield "waits"
+    for _ in range(steps):
+        is_clear = unit < sums.units.lead or sums.has_cleared(unit)
+        assert is_clear, "added to what is cleared later"
+        assert not sums.rounded[unit], "added to what was rounded"
+        yield "adds"
+    sums.added[unit].add(program)
+
+
+def caretaker(sums: Sums, program: int, wait: bool = True):
+    unit, lead = program // sums.units.programs, sums.units.lead
+    yield "starts"
+    if unit + lead < sums.units.count:
+        sums.cleared[unit + lead].add(program)
+    if unit >= lead:
+        while wait and not sums.has_added(unit - lead):
+            yield "waits"
+        assert sums.has_added(unit - lead), "rounded too early"
+        sums.rounded[unit - lead].add(program)
+
+
+def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
+    """Programs start in order wherever one has ended, and their warps are stepped at random."""
+    rng = random.Random(seed)
+    kv_tiles, kv_heads = rng.randint(1, 6), rng.randint(1, 12)
+    units = divide(kv_heads, kv_tiles, 100, rng.randint(1, 10), rng.randint(1, 3))
+    sums = Sums(units, kv_heads * kv_tiles)
+    resident: dict[int, list] = {}
+    started = 0
+    places, idle = rng.randint(1, 24), 0
+    while started < sums.programs or resident:
+        while started < sums.programs and len(resident) < places:
+            steps = rng.choice((0, 1, 3, 20))
+            resident[started] = [
+                make_writer(sums, started, steps),
+                make_caretaker(sums, started),
+            ]
+            started += 1
+        program = rng.choice(list(resident))
+        warps = resident[program]
+        warp = rng.choice(warps)
+        what = next(warp, "ends")
+        if what == "ends":
+            warps.remove(warp)
+            if not warps:
+                del resident[program]
+        idle = idle + 1 if what == "waits" else 0
+        assert idle < 20_000, "programs wait for each other"
+    for unit in range(units.count):
+        is_later, is_earlier = unit >= units.lead, unit + units.lead < units.count
+        assert len(sums.cleared[unit]) == (units.programs if is_later else 0)
+        after = unit + units.lead
+        assert len(sums.rounded[unit]) == (sums.members(after) if is_earlier else 0)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_nobody_waits_for_ever_and_nothing_is_touched_too_early(first):
+    for seed in range(first, first + 50):
+        run(seed)
+
+
+def many_runs(**forgotten):
+    for seed in range(200):
+        run(seed, **forgotten)
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "message"),
+    [
+        ({"make_writer": lambda *a: writer(*a, wait=False)}, "cleared later"),
+        ({"make_caretaker": lambda *a: caretaker(*a, wait=False)}, "too early"),
+    ],
+)
+def test_what_is_forgotten_is_found(forgotten, message):
+    with pytest.raises(AssertionError, match=message):
+        many_runs(**forgotten)
