@@ -13,7 +13,7 @@ from attention_cases import Case
 import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.block_lists import column_lists
-from entropy_attn.kernels.hopper.order import column_order, heads_together, work_order
+from entropy_attn.kernels.hopper.order import backward_order, heads_together, work_order
 from entropy_attn.reference import attention as reference
 from entropy_attn.reference import dense
 from entropy_attn.testing import assert_close_to_reference
@@ -95,9 +95,13 @@ def test_work_order(problem, is_listed, given, device):
         assert full == sum(every for _, every in seen)
 
 
+# Batch rows, heads of keys, query heads of each, heads that are open together.
+BACKWARD_ORDERS = [(2, 3, 1, 2), (1, 2, 3, 5), (2, 3, 1, 4), (2, 3, 2, 4)]
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
-@pytest.mark.parametrize(("batch", "kv_heads", "group", "together"), [(2, 3, 1, 2), (1, 2, 3, 5)])
-def test_column_order(batch, kv_heads, group, together, is_shared, device):
+@pytest.mark.parametrize(("batch", "kv_heads", "group", "together"), BACKWARD_ORDERS)
+def test_backward_order(batch, kv_heads, group, together, is_shared, device):
     """Heads in turn, the longest columns of some heads first, whoever lists them in the group."""
     q_len, kv_len, heads = 1700, 911, kv_heads * group
     lists = (1, 1) if is_shared else (batch, heads)
@@ -106,7 +110,7 @@ def test_column_order(batch, kv_heads, group, together, is_shared, device):
     query = torch.zeros(batch, heads, q_len, 64, dtype=torch.bfloat16, device=device)
     key = torch.zeros(batch, kv_heads, kv_len, 64, dtype=torch.bfloat16, device=device)
     offsets, _ = column_lists(mask.kv_num_blocks, mask.kv_indices, blocks.shape[-1])
-    items = column_order(query, key, offsets, together)[:-1, 0].tolist()
+    items = backward_order(query, key, offsets, together)[:-1, 0].tolist()
 
     columns = blocks.expand(batch, heads, -1, -1).sum(2)
     lengths = columns.unflatten(1, (kv_heads, group)).sum(2).flatten().tolist()

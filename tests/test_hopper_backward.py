@@ -7,7 +7,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from poison import poison_memory
 from test_hopper import hopper, irregular_blocks
 
 import entropy_attn as ea
@@ -26,8 +25,8 @@ PROBLEMS = [
     (2, 4, 2, 1000, 911, 128, True, False, True),
     (4, 2, 2, 600, 700, 256, False, True, True),
 ]
-# The types alternate, so that both meet all problems and all sizes. So do a GPU on which work is in
-# many units, and one on which it is in one.
+# The types alternate, so that both meet all problems and all sizes. So do the multiprocessors that
+# work is divided for: with 4 of them the problems of several heads are in more units than one.
 CALLS = [
     (problem, head_dim, (torch.float16, torch.bfloat16)[(i + j) % 2], (4, 132)[(i + j // 2) % 2])
     for i, problem in enumerate(PROBLEMS)
@@ -84,25 +83,31 @@ def test_backward(problem, head_dim, dtype, multiprocessors, monkeypatch):
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("batch", "kv_heads", "group"), [(2, 16, 1), (2, 16, 4), (1, 29, 2)])
 @pytest.mark.parametrize("is_listed", [True, False])
-def test_many_units(group, is_listed, monkeypatch):
+def test_many_units(batch, kv_heads, group, is_listed, monkeypatch):
     """Sums that programs of other heads clear and round: what one unit gives, dQ but for its order.
 
     New memory is full of NaN, which a sum that was not cleared keeps.
     """
     backward = import_module("entropy_attn.kernels.hopper.backward")
-    batch, heads, length = 2, 16, 1100
-    poison_memory()
-    query, grad = torch.randn(
-        2, batch, group * heads, length, 64, device="cuda", dtype=torch.bfloat16
-    )
-    key, value = torch.randn(2, batch, heads, length, 64, device="cuda", dtype=torch.bfloat16)
-    mask = ea.BlockMask.full(batch, group * heads, length, length, 128, device="cuda")
+    length, heads = 1100, group * kv_heads
+    query, grad = torch.randn(2, batch, heads, length, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, batch, kv_heads, length, 64, device="cuda", dtype=torch.bfloat16)
+    mask = ea.BlockMask.full(batch, heads, length, length, 128, device="cuda")
     if is_listed:
-        blocks = irregular_blocks(batch, group * heads, length, length, (128, 128), "cuda")
+        blocks = irregular_blocks(batch, heads, length, length, (128, 128), "cuda")
         mask = ea.BlockMask.from_dense(blocks, 128, length, length)
     monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
+    kernel, why = ops.backward_kernel(grad, query, key, value, (128, 128), 0, 0.125)
+    assert kernel == ops.HOPPER_BACKWARD, why
+    divided, divide = [], backward.divide
+
+    def watched(*args):
+        divided.append(divide(*args))
+        return divided[-1]
+
+    monkeypatch.setattr(backward, "divide", watched)
 
     def gradients(multiprocessors):
         limits = multiprocessors, 50 << 20
@@ -111,14 +116,50 @@ def test_many_units(group, is_listed, monkeypatch):
         out = ea.block_sparse_attention(*leaves, mask, is_causal=True, backend="triton")
         return torch.autograd.grad(out, leaves, grad)
 
-    for least, count in ((500_000, 1), (66, 4), (1, 32)):
-        assert backward.divide(batch * heads, 9, group * length, least, 2).count == count
     single = gradients(10**6)
     for multiprocessors in (132, 2):
         several = gradients(multiprocessors)
         torch.testing.assert_close(several[0], single[0], atol=1e-2, rtol=1e-2)
         assert torch.equal(several[1], single[1])
         assert torch.equal(several[2], single[2])
+    expected = {32: [(32, 1), (8, 4), (1, 32)], 29: [(29, 1), (10, 3), (1, 29)]}
+    found = [(units.heads, units.count) for units in divided]
+    assert found == expected[batch * kv_heads]
+
+
+@hopper
+@pytest.mark.gpu
+def test_replays_clear_their_sums(monkeypatch):
+    """A captured backward in many units, as its sums and counters start from 0 each time."""
+    backward = import_module("entropy_attn.kernels.hopper.backward")
+    monkeypatch.setattr(backward, "device_limits", lambda index: (8, 50 << 20))
+    monkeypatch.setattr(ops, "SMALL_BACKWARD_NARROW", 0)
+    query, key, value, grad = torch.randn(
+        4, 1, 8, 1024, 64, device="cuda", dtype=torch.bfloat16
+    )  # fmt: skip
+    mask = ea.BlockMask.random(1, 8, 1024, 1024, 0.5, 128, device="cuda")
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+
+    def gradients():
+        out = ea.block_sparse_attention(*leaves, mask, backend="triton")
+        return torch.autograd.grad(out, leaves, grad)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        wanted = gradients()
+        gradients()  # what a second call finds
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = gradients()
+    for _ in range(3):
+        for x in found:
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(found[0], wanted[0], atol=1e-2, rtol=1e-2)
+        assert torch.equal(found[1], wanted[1])
+        assert torch.equal(found[2], wanted[2])
 
 
 @hopper

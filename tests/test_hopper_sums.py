@@ -26,6 +26,8 @@ def test_units_cover_all_heads_and_shares_all_rows(kv_heads, kv_tiles, head_rows
     assert units.lead == min(lead, units.count)
     assert units.share % ROWS.value == 0
     assert last * kv_tiles * units.share >= units.rows
+    assert last * kv_tiles * (units.share - ROWS.value) < units.rows
+    assert units.heads - last < units.count  # the last unit is not tiny beside the others
     if units.count > 1:
         assert units.programs >= least
 
@@ -71,6 +73,13 @@ def caretaker(sums: Sums, program: int, wait: bool = True):
             yield "waits"
         assert sums.has_added(unit - lead), "rounded too early"
         sums.rounded[unit - lead].add(program)
+
+
+def eager_caretaker(sums: Sums, program: int):
+    """One that waits for programs of its own unit, which may not have started."""
+    yield from caretaker(sums, program)
+    while not sums.has_added(program // sums.units.programs):
+        yield "waits"
 
 
 def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
@@ -123,6 +132,7 @@ def many_runs(**forgotten):
     [
         ({"make_writer": lambda *a: writer(*a, wait=False)}, "cleared later"),
         ({"make_caretaker": lambda *a: caretaker(*a, wait=False)}, "too early"),
+        ({"make_caretaker": eager_caretaker}, "wait for each other"),
     ],
 )
 def test_what_is_forgotten_is_found(forgotten, message):

@@ -8,8 +8,8 @@ A program takes a block of 128 keys and walks over the queries that list it (the
 CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV in
 registers; a producer warp feeds rings of queries and of their gradients through the copy engine,
 with each row's lse and delta. Scores are computed once, transposed, so that P^T and dS^T are left
-operands in the registers where they are. Within a few heads the longest columns come first
-(`order.column_order`).
+operands in the registers where they are. Of lists, the longest columns of a few heads come first
+(`order.backward_order`).
 
 dQ is the sum of the programs' parts: dS goes through shared memory, as each warpgroup needs both
 halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
@@ -51,7 +51,7 @@ from entropy_attn.kernels.hopper.columns import (
 )
 from entropy_attn.kernels.hopper.config import REGISTERS
 from entropy_attn.kernels.hopper.forward import descriptor
-from entropy_attn.kernels.hopper.order import column_order
+from entropy_attn.kernels.hopper.order import backward_order
 from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring, valid_ends
 from entropy_attn.kernels.hopper.sums import (
     WARPS,
@@ -500,13 +500,15 @@ def hopper_backward(
         int(config.unit * multiprocessors), config.lead,
     )  # fmt: skip
     sums, counters = partly_cleared(query, units)
-    order = None if offsets is None else column_order(query, key, offsets, units.heads)
+    order = None if offsets is None else backward_order(query, key, offsets, units.heads)
     tensors = (
         query, key, value, grad_out, statistics, sums, grad_key, grad_value,
         sums, sums, grad_query, counters,
     )  # fmt: skip
     integers = (order, offsets, rows, kv_lens, q_lens)
-    launch = _plan_backward(*tensors, *integers, units, block_size[0], is_causal, scale, config)
+    launch = _plan_backward(
+        *tensors[:8], *integers, units, block_size[0], is_causal, scale, config
+    )  # fmt: skip
     launch(*tensors, *(counters if x is None else x for x in integers))
     round_last(sums, grad_query, units)
     return grad_query, grad_key, grad_value
@@ -522,10 +524,6 @@ def _plan_backward(
     sums: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    old_sums: Tensor,
-    all_sums: Tensor,
-    grad_query: Tensor,
-    counters: Tensor,
     order: Tensor | None,
     offsets: Tensor | None,
     rows: Tensor | None,

@@ -1,4 +1,8 @@
-"""The order in which the Hopper kernels take their work: heads in turn, longest first.
+"""The order in which the Hopper kernels take their work: some heads in turn, longest first.
+
+What follows is said of the forward, whose programs are persistent. In the backward an item is a
+block of keys, with its column of the transposed lists; a program takes the item in the place of its
+own number, and the heads that are open together are those of a unit of `sums`.
 
 A work item is a tile of queries of one head. Programs claim items one after the other, so the
 order is all the schedule that there is (list scheduling). The longest items come first (Graham,
@@ -51,7 +55,8 @@ def _lengths(
     Exact but for lists that name blocks after the diagonal or after the last valid key.
 
     GROUP > 0: the "tiles" are blocks of keys, and the length is that of their columns in all query
-    heads of the group; counts_ptr points to the offsets of the transposed lists.
+    heads of the group, whatever the diagonal and the valid lengths leave of them; counts_ptr points
+    to the offsets of the transposed lists.
     """
     if GROUP > 0:
         length = tl.zeros_like(tiles)
@@ -220,9 +225,8 @@ def plan_order(
     together = heads_together(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
-    tiles_a_program = TILES_A_PROGRAM
     return Launch(
-        _order_kernel, (ceil_div(tiles, tiles_a_program), batch * heads),
+        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * heads),
         (
             *list_strides(counts, indices), heads, batch * heads, together, q_len, kv_len, tiles,
         ),
@@ -230,15 +234,15 @@ def plan_order(
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None, GROUP=0,
-        TILES=tiles_a_program, CHUNK=64, num_warps=4,
+        TILES=TILES_A_PROGRAM, CHUNK=64, num_warps=4,
     )  # fmt: skip
 
 
-def column_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -> Tensor:
+def backward_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -> Tensor:
     """The order of the backward, whose items are blocks of 128 keys.
 
     Args:
-        offsets: (B|1, H|1, Mk + 1) of the transposed lists, by `adjacent_lists`.
+        offsets: (B|1, H|1, Mk + 1) of the transposed lists, entries adjacent.
         together: heads of keys, over all batch rows, that are open at once.
 
     Returns:
@@ -249,13 +253,13 @@ def column_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -> 
     rows = batch * kv_heads * (offsets.shape[2] - 1) + 1
     items = torch.empty((rows, 4), dtype=torch.int32, device=key.device)
     group = query.shape[1] // kv_heads
-    launch = _plan_column_order(items, offsets, batch, kv_heads, kv_len, group, together)
+    launch = _plan_backward_order(items, offsets, batch, kv_heads, kv_len, group, together)
     launch(items, offsets, offsets, items, items)
     return items
 
 
 @planned
-def _plan_column_order(
+def _plan_backward_order(
     items: Tensor,
     offsets: Tensor,
     batch: int,

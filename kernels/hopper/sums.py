@@ -8,13 +8,14 @@ those of a unit that came a little before. Two warps that had nothing to do take
 launches of their own clear the first units and round the last.
 
 Two counters a unit tell how many programs have cleared their share, and how many have added all
-they had. A program only waits for programs of units before its own, which were started before it:
-a GPU starts those of a grid in the order of their numbers.
+they had. A program only waits for programs of units before its own. GPUs start the programs of a
+grid in the order of their numbers, so those run or have ended. CUDA does not promise that order; on
+a GPU with another one programs might wait for ever. A call in one unit waits for nobody.
 """
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.launch import ceil_div
+from entropy_attn.kernels.plans import MOST_PLANS
 
 ROWS = gl.constexpr(64)  # of a tile of sums, (64, 64) fp32
 COLUMNS = gl.constexpr(64)
@@ -235,7 +237,7 @@ class Units:
     share: int
 
 
-@cache
+@lru_cache(MOST_PLANS)
 def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, lead: int) -> Units:
     """Units of at least so many programs, if there are as many.
 
@@ -244,8 +246,10 @@ def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, le
         kv_tiles: programs of a head of keys; head_rows: queries of it, in all heads of its group.
     """
     fewest = min(kv_heads, ceil_div(max(1, least_programs), kv_tiles))
-    # Units of the same size where they are not much larger for it: else all shares are larger.
-    heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), fewest)
+    # All of the same size if they can be, else the last one not much smaller: its programs decide
+    # how large all shares are.
+    nearly = ceil_div(kv_heads, kv_heads // fewest)
+    heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), nearly)
     count = ceil_div(kv_heads, heads)
     # The programs of the last unit have to do with a share as well.
     least = (kv_heads - (count - 1) * heads) * kv_tiles
