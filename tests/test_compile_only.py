@@ -73,7 +73,7 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     assert not [each for each in compiled if "Hopper" in each["case"] and each["spills"]]
     # In this one what is spilled lies around its loops; it was more while descriptors were hoisted.
     backward = [each for each in compiled if each["kernel"] == "_backward_kernel"]
-    assert all(each["spills"] <= 160 for each in backward), backward
+    assert all(each["spills"] <= 256 for each in backward), backward
     limit = SHARED_MEMORY[arch]
     too_large = [
         f"{each['case']}: {each['kernel']} {each['config']} {each['shared'] / KIB:.1f} KiB"
