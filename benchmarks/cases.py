@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_attn.benchmarks.model_masks import SMOLLM2, smollm2_blocks
 from entropy_attn.masks import BlockMask
 
 
@@ -20,7 +21,8 @@ class AttentionCase:
         block: edge of the square blocks, in tokens.
         kv_heads: heads of keys and values, as many as of queries if None.
         pattern: which blocks are kept: "banded", those next to the diagonal; "clustered", those of
-            the row's own cluster, which lie anywhere; None for random ones.
+            the row's own cluster, which lie anywhere; "SmolLM2", those that a layer of this model
+            looks at, which has 9 heads; None for random ones.
         irregular: each query block keeps its own number of blocks, uniform around the mean.
         direction: "forward" or "backward".
     """
@@ -101,7 +103,11 @@ def make_inputs(case: AttentionCase, device: torch.device | str, seed: int) -> I
     query, key, value, grad_out = map(normal, (case.heads, kv_heads, kv_heads, case.heads))
     for tensor in (query, key, value):
         tensor.requires_grad_(case.direction == "backward")
-    kept = random_blocks(case, generator, device)
+    if case.pattern == SMOLLM2:
+        shape = case.batch, case.length, case.block, case.density
+        kept = smollm2_blocks(*shape, seed, torch.device(device))
+    else:
+        kept = random_blocks(case, generator, device)
     if case.density == 1:
         mask = BlockMask.full(
             case.batch, case.heads, case.length, case.length, case.block, device=device

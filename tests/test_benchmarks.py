@@ -10,8 +10,8 @@ from itertools import pairwise, permutations
 import pytest
 import torch
 
+from entropy_attn.benchmarks import cases, model_masks, report, timing
 from entropy_attn.benchmarks import environment as environments
-from entropy_attn.benchmarks import report, timing
 from entropy_attn.benchmarks.baselines import CONTESTANTS, OURS
 from entropy_attn.benchmarks.cases import AttentionCase, make_inputs, random_blocks
 from entropy_attn.benchmarks.check import expected
@@ -20,6 +20,7 @@ from entropy_attn.benchmarks.prose import paragraphs, prose
 from entropy_attn.benchmarks.registry import SUITES, Context, short
 from entropy_attn.benchmarks.resume import among
 from entropy_attn.benchmarks.store import SCHEMA, Record, Store, default_directory
+from entropy_attn.benchmarks.suites import attention
 from entropy_attn.benchmarks.suites.crossover import break_even_density, write_crossover
 from entropy_attn.selection import Antidiagonal, Perplexity, Pooled, TopK
 
@@ -188,6 +189,42 @@ def test_patterns_of_blocks():
     # Rows of a cluster keep the same blocks: their overlap is far from that of random rows.
     overlaps = [(x @ x.mT / 16 > 0.6).float().mean() for x in (kept, random)]
     assert overlaps[0] > 0.1 > 0.03 > overlaps[1]
+
+
+def test_blocks_of_a_model(monkeypatch):
+    """The causal share of a layer's own scores; the model is left as it was."""
+    from integration_models import SIZES, transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    before = model.config._attn_implementation
+    ids = torch.randint(SIZES["vocab_size"], (2, 128))
+    first, second = (model_masks.chosen_blocks(model, ids, layer, 16, 0.5) for layer in (0, 1))
+    assert model.config._attn_implementation == before
+    assert first.shape == (2, 4, 8, 8)
+    assert not first.triu(1).any()
+    assert first.diagonal(dim1=-2, dim2=-1).all()
+    visible = torch.arange(1, 9)
+    counts = first.sum(-1)
+    assert ((counts >= visible / 2) & (counts <= visible // 2 + 2)).all()  # and the diagonal
+    assert not torch.equal(first, second)
+
+    blocks = first.repeat(1, 3, 1, 1)[:, :9]
+    monkeypatch.setattr(cases, "smollm2_blocks", lambda *args: blocks)
+    case = AttentionCase(16, 128, 0.5, 16, heads=9, is_causal=True, pattern=model_masks.SMOLLM2)
+    assert torch.equal(make_inputs(case, CPU, 0).mask.to_dense(), blocks)
+
+
+def test_cases_of_a_model_that_is_not_here_are_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENTROPY_ATTN_SMOLLM2", str(tmp_path / "missing.gguf"))
+    case = AttentionCase(16, 128, 0.5, 16, heads=9, is_causal=True, pattern=model_masks.SMOLLM2)
+    monkeypatch.setattr(attention, "cases", lambda form: [case, TINY])
+    told = []
+    context = Context(CPU, True, tmp_path, told.append)
+    rows = list(attention.run(context))
+    assert any("missing.gguf" in text for text in told)
+    assert rows
+    assert all(row.config.get("pattern") is None for row in rows)
 
 
 def test_work_counts_visited_tiles_only():

@@ -17,6 +17,8 @@ from entropy_attn.benchmarks.baselines import (
 )
 from entropy_attn.benchmarks.cases import AttentionCase
 from entropy_attn.benchmarks.contest import Outcome, contest
+from entropy_attn.benchmarks.model import ModelNotFound, model_file
+from entropy_attn.benchmarks.model_masks import SMOLLM2
 from entropy_attn.benchmarks.plugins import REGISTERED
 from entropy_attn.benchmarks.registry import Context, Row
 
@@ -58,6 +60,10 @@ def cases(form: str) -> list[AttentionCase]:
         for length in (2048, 4096, 32768)
         for head_dim in (128, 64)
     ]
+    found += [replace(back, is_causal=True, density=density) for density in (1.0, 0.25)]
+    # What a model looks at instead of blocks drawn at random.
+    real = replace(fifth, length=8192, density=0.25, heads=9, is_causal=True, pattern=SMOLLM2)
+    found += [real, replace(real, block=64), replace(real, direction="backward")]
     found.append(replace(quarter, length=131072, batch=1))
     return found
 
@@ -81,6 +87,9 @@ def run(context: Context) -> Iterator[Row]:
     told: set[tuple[str, str]] = set()
     for case in context.left(cases(context.form), contestants=(OURS, *REGISTERED)):
         context.progress(str(case))
+        if case.pattern == SMOLLM2 and (why := absent_model()):
+            context.progress(f"{case} is left out: {why}")
+            continue
         for outcome in contest(case, contestants(case), context.device, seconds=seconds):
             absence = (outcome.contestant.name, outcome.result.get("reason", ""))
             if outcome.result["status"] == "unavailable":
@@ -89,6 +98,15 @@ def run(context: Context) -> Iterator[Row]:
                 told.add(absence)
             config = {"form": context.form, **case.config(), "contestant": outcome.contestant.name}
             yield Row(config, outcome.result, _text(case, outcome), outcome.is_ours)
+
+
+def absent_model() -> str | None:
+    """How to get the model whose masks are taken, if it is not here."""
+    try:
+        model_file()
+    except ModelNotFound as error:
+        return str(error)
+    return None
 
 
 def _text(case: AttentionCase, outcome: Outcome) -> str:
