@@ -288,7 +288,10 @@ def heads_to_show(tiles: Sequence[tuple[Tensor, Tensor]], count: int = 4) -> lis
         layer, head = divmod(index, effective.shape[1])
         mass, kept = (t[head].float().cpu().numpy() for t in tiles[layer])
         title = f"layer {layer}, head {head}\n{effective[layer, head]:.1f} effective blocks"
-        pictures.append(HeadPicture(title, mass, kept.astype(bool)))
+        pictures.append(HeadPicture(
+            title, mass, kept.astype(bool), float(kept[np.tril(np.ones_like(kept)) > 0].mean()),
+            float((mass * kept).sum(-1).mean()),
+        ))  # fmt: skip
     return pictures
 
 

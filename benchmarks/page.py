@@ -301,13 +301,20 @@ def _quality(store: Store) -> Section:
         "Quality without training",
         "SmolLM2-135M reads prose of 8192 tokens through the drop-in. The oracle knows the true "
         "attention; the predictors guess it.",
-        "entropy-attn bench quality",
+        "entropy-attn bench quality; entropy-attn bench masks",
     )
     records = full_records(store, "quality", text=PARTS["held-out"])
     points = report.quality_points(records)
     if len({point.family for point in points}) > 1:
         draw = partial(plots.frontier, points, "held-out prose")
         caption = "Change of perplexity against the share of the blocks that is computed."
+        section.figures.append(Figure(svg_of(draw), caption))
+    heads = report.heads(store)
+    if heads:
+        draw = partial(plots.mask_heat_maps, heads, report.HEADS_TITLE)
+        caption = (
+            "Above the attention of four heads, unknown to the predictor; below what it chose."
+        )
         section.figures.append(Figure(svg_of(draw), caption))
     section.tables += _table(store, "quality", "All predictors and texts")
     return section

@@ -117,13 +117,23 @@ def frontier(points: Sequence[Point], title: str, path: Path) -> None:
         save(figure, path)
 
 
+LEAST_MASS = 1e-4  # that a heat map tells from none
+
+
 @dataclass(frozen=True)
 class HeadPicture:
-    """One attention head: true mass (M, M), kept blocks (M, M) bool, and a title."""
+    """One attention head.
+
+    Attributes:
+        mass: (M, M) true mean attention of each tile; kept: (M, M) bool, the chosen blocks.
+        density: share of the visible tiles that are kept; kept_mass: of the attention.
+    """
 
     title: str
     mass: np.ndarray
     kept: np.ndarray
+    density: float
+    kept_mass: float
 
 
 def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None:
@@ -135,14 +145,14 @@ def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None
         for column, head in enumerate(heads):
             top, bottom = rows[0, column], rows[1, column]
             visible = np.tril(np.ones_like(head.mass, dtype=bool))
-            mass = np.where(visible, np.maximum(head.mass, 1e-4), np.nan)
-            image = top.imshow(mass, norm=LogNorm(1e-4, 1.0), cmap="magma", interpolation="nearest")
+            mass = np.where(visible, np.maximum(head.mass, LEAST_MASS), np.nan)
+            norm = LogNorm(LEAST_MASS, 1.0)
+            image = top.imshow(mass, norm=norm, cmap="magma", interpolation="nearest")
             top.set_title(head.title)
             chosen = np.where(visible, np.where(head.kept, 1.0, 0.15), np.nan)
             bottom.imshow(chosen, cmap="Blues", vmin=0, vmax=1.15, interpolation="nearest")
-            share = head.kept[visible].mean()
-            kept_mass = (head.mass * head.kept).sum(-1).mean()
-            bottom.set_title(f"{share:.0%} of the tiles, {kept_mass:.1%} of the mass", fontsize=9)
+            share = f"{head.density:.0%} of the tiles, {head.kept_mass:.1%} of the mass"
+            bottom.set_title(share, fontsize=9)
             for axes in (top, bottom):
                 axes.set_xticks([])
                 axes.set_yticks([])

@@ -178,6 +178,12 @@ SUITES: dict[str, Suite] = {
             measures_cpu=True,
         ),
         Suite(
+            "masks",
+            "where SmolLM2-135M looks, and the blocks that are chosen: pictures",
+            measures_cpu=True,
+            has_cases=False,
+        ),
+        Suite(
             "demo",
             "SmolLM2-135M on real prose, dense and sparse: table and pictures",
             has_cases=False,

@@ -37,6 +37,7 @@ from entropy_attn.benchmarks.tables import (
 
 if TYPE_CHECKING:
     from entropy_attn.benchmarks import plots
+    from entropy_attn.benchmarks.plots import HeadPicture
 
 _NEWEST = ":newest"
 _MARKED = re.compile(rf"(<!-- begin:([\w-]+)({_NEWEST})? -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
@@ -396,6 +397,17 @@ def quality_points(records: list[Record]) -> list[plots.Point]:
     ]
 
 
+HEADS_TITLE = "SmolLM2-135M on prose: the attention of four heads, and the blocks that are chosen"
+
+
+def heads(store: Store) -> list[HeadPicture]:
+    """The pictures of the suite ``masks``, of one machine."""
+    from entropy_attn.benchmarks.mask_pictures import decoded
+
+    runs = [records for _, records in by_machine(full_records(store, "masks"))]
+    return [decoded(r.result) for r in runs[-1]] if runs else []
+
+
 def draw(store: Store, folder: Path) -> list[Path]:
     """Draw every picture that there are full records for, one per machine; returns the files."""
     from entropy_attn.benchmarks import plots
@@ -431,6 +443,9 @@ def draw(store: Store, folder: Path) -> list[Path]:
             path = folder / f"quality_{slug(part)}_{slug(machine)}.png"
             plots.frontier(points, f"SmolLM2-135M, {text}", path)
             drawn.append(path)
+    if pictures := heads(store):
+        drawn.append(folder / "masks.png")
+        plots.mask_heat_maps(pictures, HEADS_TITLE, drawn[-1])
     geometry = (report_geometry, report_hulls, report_entropy_net)
     for part in (report_models, report_finetune, report_vision, *geometry):
         drawn += part.draw(store, folder)
