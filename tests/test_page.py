@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
 
-from entropy_attn.benchmarks import claims, figures
+from entropy_attn.benchmarks import claims, figures, report
+from entropy_attn.benchmarks.mask_pictures import decoded, encoded
 from entropy_attn.benchmarks.page import write_page
+from entropy_attn.benchmarks.plots import LEAST_MASS, HeadPicture
 from entropy_attn.benchmarks.prose import PARTS
+from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.store import Record, Store
+from entropy_attn.benchmarks.suites import masks
 
 MACHINE = {"gpu": "GPU One", "arch": "sm_90", "commit": "0123456789", "dirty": False}
 VOID = {"meta", "br", "img", "hr", "link"}
@@ -135,3 +141,48 @@ def test_roofline_counts_what_has_to_move():
 def test_claims_without_records_are_not_judged(tmp_path):
     for _, _, measured, _, verdict in claims.rows(Store(tmp_path)):
         assert (measured, verdict) == claims.NOT_YET
+
+
+def test_pictures_of_heads_survive_the_store(tmp_path):
+    rng = np.random.default_rng(0)
+    mass = np.tril(rng.random((7, 7)) ** 12)
+    kept = np.tril(rng.random((7, 7)) < 0.5)
+    drawn = HeadPicture("layer 1, head 2\n3.0 effective blocks", mass, kept, 0.5, 0.9)
+    config = {"form": "full", "number": 0}
+    store = Store(tmp_path)
+    for number in range(2):
+        result = {"status": "ok", **encoded(drawn)}
+        store.append(Record("masks", config | {"number": number}, result, MACHINE))
+    found = report.heads(store)
+    assert len(found) == 2
+    assert np.array_equal(found[0].kept, kept)
+    assert (found[0].title, found[0].density, found[0].kept_mass) == (drawn.title, 0.5, 0.9)
+    shown = mass >= 1.1 * LEAST_MASS
+    np.testing.assert_allclose(found[0].mass[shown], mass[shown], rtol=0.04)
+    assert found[0].mass[mass < LEAST_MASS].max() == 0.0
+    files = report.draw(store, tmp_path)
+    assert [file.name for file in files] == ["masks.png"]
+    assert files[0].stat().st_size > 10_000
+
+
+def test_masks_of_a_small_model(monkeypatch, tmp_path):
+    """The suite on a model of random weights: four heads, and what it says of them."""
+    from integration_models import SIZES, transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 512})
+    model = transformers.LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(masks, "load_model", lambda device, dtype: (model, None))
+    ids = torch.randint(SIZES["vocab_size"], (1, 512))
+    monkeypatch.setattr(masks, "windows", lambda *args: ids)
+    rows = list(masks.run(Context(torch.device("cpu"), True, tmp_path, measures_cpu=True)))
+    assert len(rows) == 4
+    for row in rows:
+        picture = decoded(row.result)
+        assert picture.mass.shape == (16, 16)
+        visible = np.tril(np.ones((16, 16), dtype=bool))
+        assert not picture.kept[~visible].any()
+        assert picture.density == pytest.approx(picture.kept[visible].mean())
+        # Masses are kept to a few percent; random weights spread them over all that is visible.
+        sums = (picture.mass * picture.kept).sum(-1).mean()
+        assert picture.kept_mass == pytest.approx(sums, rel=0.05)
