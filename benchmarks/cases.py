@@ -21,7 +21,7 @@ class AttentionCase:
         block: edge of the square blocks, in tokens.
         kv_heads: heads of keys and values, as many as of queries if None.
         pattern: which blocks are kept: "banded", those next to the diagonal; "clustered", those of
-            the row's own cluster, which lie anywhere; "SmolLM2", those that a layer of this model
+            the row's own cluster, which lie anywhere; `SMOLLM2`, those that a layer of this model
             looks at, which has 9 heads; None for random ones.
         irregular: each query block keeps its own number of blocks, uniform around the mean.
         direction: "forward" or "backward".

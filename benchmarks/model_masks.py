@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import entropy_attn as ea
-from entropy_attn.benchmarks.model import load_model, windows
+from entropy_attn.benchmarks.model import load_model, shared_copy, windows
 from entropy_attn.benchmarks.prose import prose
 
-SMOLLM2 = "SmolLM2"  # the pattern of such cases
+SMOLLM2 = "9 heads, blocks of SmolLM2"  # the pattern of such cases, as tables show it
 LAYERS = (4, 14, 24)  # of 30: each set of inputs takes another one
 CHOOSING = "chooses_blocks"  # in transformers' registry
 
@@ -45,7 +45,7 @@ def chosen_blocks(model: Any, ids: Tensor, layer: int, block: int, density: floa
     """(B, H, M, M) bool: the blocks of a layer of a causal model of transformers on ids (B, N)."""
     from transformers import AttentionInterface
 
-    found: list[Tensor] = []
+    chosen: list[Tensor] = []
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
@@ -55,16 +55,12 @@ def chosen_blocks(model: Any, ids: Tensor, layer: int, block: int, density: floa
                 query, key, block_size=block, budget=ea.TopK(density), is_causal=True, sink=0,
                 local=1,
             )  # fmt: skip
-            found.append(mask.to_dense())
+            chosen.append(mask.to_dense())
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(CHOOSING, attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(CHOOSING)
-    try:
-        for window in ids:  # one at a time: the logits of all would fill the memory
-            model.base_model(input_ids=window[None], use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
-    return torch.cat(found)
+    copied = shared_copy(model)
+    copied.set_attn_implementation(CHOOSING)
+    copied.base_model(input_ids=ids, use_cache=False)
+    return chosen[0]

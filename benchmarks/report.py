@@ -21,7 +21,6 @@ from entropy_attn.benchmarks import (
     report_vision,
 )
 from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
-from entropy_attn.benchmarks.model_masks import SMOLLM2
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.tables import (
@@ -74,11 +73,7 @@ def case_name(config: dict) -> str:
         words.append("dense")
     else:
         words.append(f"{config['density']:g} of {config['block']}-blocks")
-    words += ["irregular"] * config["irregular"]
-    if config.get("pattern") == SMOLLM2:
-        words.append(f"{config['heads']} heads, blocks of SmolLM2")
-    elif "pattern" in config:
-        words.append(config["pattern"])
+    words += ["irregular"] * config["irregular"] + [config.get("pattern")] * ("pattern" in config)
     return ", ".join(words)
 
 

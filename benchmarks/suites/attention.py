@@ -17,7 +17,7 @@ from entropy_attn.benchmarks.baselines import (
 )
 from entropy_attn.benchmarks.cases import AttentionCase
 from entropy_attn.benchmarks.contest import Outcome, contest
-from entropy_attn.benchmarks.model import ModelNotFound, model_file
+from entropy_attn.benchmarks.model import ModelNotFound
 from entropy_attn.benchmarks.model_masks import SMOLLM2
 from entropy_attn.benchmarks.plugins import REGISTERED
 from entropy_attn.benchmarks.registry import Context, Row
@@ -87,26 +87,24 @@ def run(context: Context) -> Iterator[Row]:
     told: set[tuple[str, str]] = set()
     for case in context.left(cases(context.form), contestants=(OURS, *REGISTERED)):
         context.progress(str(case))
-        if case.pattern == SMOLLM2 and (why := absent_model()):
-            context.progress(f"{case} is left out: {why}")
-            continue
-        for outcome in contest(case, contestants(case), context.device, seconds=seconds):
-            absence = (outcome.contestant.name, outcome.result.get("reason", ""))
-            if outcome.result["status"] == "unavailable":
-                if absence in told:
-                    continue
-                told.add(absence)
-            config = {"form": context.form, **case.config(), "contestant": outcome.contestant.name}
-            yield Row(config, outcome.result, _text(case, outcome), outcome.is_ours)
+        try:
+            yield from _run_case(context, case, seconds, told)
+        except ModelNotFound as error:
+            context.progress(f"{case} is left out: {error}")
 
 
-def absent_model() -> str | None:
-    """How to get the model whose masks are taken, if it is not here."""
-    try:
-        model_file()
-    except ModelNotFound as error:
-        return str(error)
-    return None
+def _run_case(
+    context: Context, case: AttentionCase, seconds: float, told: set[tuple[str, str]]
+) -> Iterator[Row]:
+    """``told``: contestants that are unavailable, and why; each is told once."""
+    for outcome in contest(case, contestants(case), context.device, seconds=seconds):
+        absence = (outcome.contestant.name, outcome.result.get("reason", ""))
+        if outcome.result["status"] == "unavailable":
+            if absence in told:
+                continue
+            told.add(absence)
+        config = {"form": context.form, **case.config(), "contestant": outcome.contestant.name}
+        yield Row(config, outcome.result, _text(case, outcome), outcome.is_ours)
 
 
 def _text(case: AttentionCase, outcome: Outcome) -> str:

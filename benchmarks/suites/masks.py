@@ -9,8 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-import entropy_attn as ea
-from entropy_attn.benchmarks.demo import heads_to_show
+from entropy_attn.benchmarks.demo import (
+    BUDGET,
+    CONTEXT_CPU,
+    PREDICTOR,
+    QUICK_CONTEXT_CPU,
+    heads_to_show,
+)
 from entropy_attn.benchmarks.mask_pictures import encoded
 from entropy_attn.benchmarks.model import (
     MODEL_NAME,
@@ -23,16 +28,15 @@ from entropy_attn.benchmarks.model import (
 from entropy_attn.benchmarks.prose import prose
 from entropy_attn.benchmarks.registry import Context, Row, short
 
-TOKENS, QUICK_TOKENS, BLOCK = 2048, 512, 32
-SCORER, BUDGET = ea.Envelope(8), ea.TopP(0.945)  # the default ones
+BLOCK = 32
 
 
 def run(context: Context) -> Iterator[Row]:
-    tokens = QUICK_TOKENS if context.quick else TOKENS
+    tokens = QUICK_CONTEXT_CPU if context.quick else CONTEXT_CPU
     source = prose("held-out")
     config = {
         "form": context.form, "model": MODEL_NAME, "text": source.name, "tokens": tokens,
-        "block": BLOCK, "scorer": short(SCORER), "budget": short(BUDGET),
+        "block": BLOCK, "scorer": short(PREDICTOR), "budget": short(BUDGET),
     }  # fmt: skip
     if context.is_measured(config):  # its records are written together
         return
@@ -40,8 +44,8 @@ def run(context: Context) -> Iterator[Row]:
     model, tokenizer = load_model(torch.device("cpu"), torch.float32)
     ids = windows(tokenizer, source.text, tokens, 1, torch.device("cpu"))
     context.progress(f"reading {tokens} tokens")
-    probe = KeptMass(SCORER, BUDGET, keep_tiles=True)
-    setting = Setting("default", SCORER, BUDGET, BLOCK)
+    probe = KeptMass(PREDICTOR, BUDGET, keep_tiles=True)
+    setting = Setting("default", PREDICTOR, BUDGET, BLOCK)
     with torch.inference_mode(), sparsify(model, setting, scorer=probe):
         model.base_model(input_ids=ids, use_cache=False)
     for number, picture in enumerate(heads_to_show(probe.tiles)):

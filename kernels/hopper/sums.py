@@ -26,11 +26,11 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
+from entropy_attn.kernels.hopper.columns import PIECE
 from entropy_attn.kernels.launch import ceil_div
 from entropy_attn.kernels.plans import MOST_PLANS
 
 ROWS = gl.constexpr(64)  # of a tile of sums, (64, 64) fp32
-COLUMNS = gl.constexpr(64)
 WARPS = gl.constexpr(2)  # that clear and round
 
 
@@ -159,11 +159,11 @@ class Sums:
     @gluon.jit
     def _fetch(self, rows_desc, boxes, full, first, part):
         """Let the copy engine bring a tile of the share, (64, 64)."""
-        PIECES: gl.constexpr = (self.HEAD_DIM + COLUMNS - 1) // COLUMNS
+        PIECES: gl.constexpr = (self.HEAD_DIM + PIECE - 1) // PIECE
         barrier = full.index(part % 2)
-        mbarrier.expect(barrier, 4 * ROWS * COLUMNS)
+        mbarrier.expect(barrier, 4 * ROWS * PIECE)
         tma.async_copy_global_to_shared(
-            rows_desc, [first + part // PIECES * ROWS, part % PIECES * COLUMNS], barrier,
+            rows_desc, [first + part // PIECES * ROWS, part % PIECES * PIECE], barrier,
             boxes.index(part % 2),
         )  # fmt: skip
 
@@ -172,9 +172,9 @@ class Sums:
         """From the sums to dQ; the next tile is on its way meanwhile."""
         STEP: gl.constexpr = 4 * WARPS  # rows at a time: registers are few
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-        PIECES: gl.constexpr = (self.HEAD_DIM + COLUMNS - 1) // COLUMNS
+        PIECES: gl.constexpr = (self.HEAD_DIM + PIECE - 1) // PIECE
         row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
-        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        column = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
         parts = (end - first + ROWS - 1) // ROWS * PIECES
         self._fetch(rows_desc, boxes, full, first, 0)
         part = 0
@@ -183,7 +183,7 @@ class Sums:
                 self._fetch(rows_desc, boxes, full, first, part + 1)
             mbarrier.wait(full.index(part % 2), part // 2 & 1)
             tile = tiles.index(part % 2)
-            columns = part % PIECES * COLUMNS + column
+            columns = part % PIECES * PIECE + column
             for start in gl.static_range(0, ROWS, STEP):
                 values = tile.slice(start, STEP).load(layout)  # (STEP, 64)
                 rows = first + part // PIECES * ROWS + start + row
