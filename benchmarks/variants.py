@@ -50,11 +50,11 @@ def hopper(inputs: Inputs, config: Any, entropy: bool = False) -> Tensor:
     )[0]  # fmt: skip
 
 
-def hopper_variants(inputs: Inputs) -> dict[str, Any]:
+def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
     """The default and what differs from it by the switches of `HopperConfig`."""
     from entropy_attn.kernels.hopper.forward import hopper_config
 
-    default = hopper_config(inputs.case.head_dim, inputs.mask.block_size)
+    default = hopper_config(inputs.case.head_dim, inputs.mask.block_size, entropies)
     changes: dict[str, dict[str, Any]] = {}
     if default.warpgroups == 2:
         for ping_pong in (False, True):
@@ -63,7 +63,14 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
                     words = ["ping-pong"] * ping_pong + ["query in registers"] * registers
                     changes[", ".join([*words, *["pin"] * pin]) or "plain"] = {
                         "ping_pong": ping_pong, "query_registers": registers, "pin": pin,
+                        "guard": False,
                     }  # fmt: skip
+                changes[", ".join([*words, "guard"])] = {
+                    "ping_pong": ping_pong, "query_registers": registers, "pin": False,
+                    "guard": not entropies,
+                }  # fmt: skip
+        for stages in (2, 3, 4):
+            changes[f"{stages} stages"] = {"stages": stages}
     else:
         two_blocks = {"block_n": 128, "stages": 2, "programs": 2}
         changes["two blocks a step"] = two_blocks
@@ -73,6 +80,7 @@ def hopper_variants(inputs: Inputs) -> dict[str, Any]:
         changes["query in registers, pin"] = {"query_registers": True, "pin": True}
         changes["two programs"] = {"programs": 2, "stages": 2}
         changes["three programs"] = {"programs": 3, "stages": 2}
+        changes["guard"] = {"guard": True}
     return _others(default, changes)
 
 
@@ -166,7 +174,7 @@ def _others(default: Any, changes: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 KERNELS: dict[str, tuple[Kernel, Callable[[Inputs], dict[str, Any]]]] = {
     "hopper": (hopper, hopper_variants),
-    "hopper-entropy": (partial(hopper, entropy=True), hopper_variants),
+    "hopper-entropy": (partial(hopper, entropy=True), partial(hopper_variants, entropies=True)),
     "hopper-backward": (hopper_backward, hopper_backward_variants),
     "portable": (portable, portable_variants),
     "portable-entropy": (

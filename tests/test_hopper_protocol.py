@@ -1,11 +1,11 @@
-"""A model of the barrier protocol of kernels/hopper/forward.py, simulated in random order.
+"""A model of the barriers of kernels/hopper/forward.py and producer.py, simulated in random order.
 
 It is kept by hand: a change of the kernel's waits and arrivals is to be made here too.
 
-Producer, warpgroups and copy engine are generators that are stepped in random order; every step
-of a warpgroup is split where the hardware could be overtaken. Found are: deadlock, a slot that is
-filled while a product still reads it, a slot read before its bytes came or with the bytes of
-another step, a barrier that runs ahead by more than a phase, an item told wrongly.
+Scheduler, producer, warpgroups and copy engine are generators that are stepped in random order;
+every step of a warpgroup is split where the hardware could be overtaken. Found are: deadlock, a
+slot that is filled while a product still reads it, a slot read before its bytes came or with the
+bytes of another step, a barrier that runs ahead by more than a phase, an item told wrongly.
 """
 
 from __future__ import annotations
@@ -100,28 +100,52 @@ def copy_engine(engine):
         yield
 
 
+def scheduler(program, items):
+    for turn, item in enumerate([*enumerate(items), (-1, 0)]):
+        if turn > 0:  # the kernel waits before it claims
+            yield from program.queries.wait_empty(turn)
+            yield  # the claim, and what it looks up
+        assert program.reading[turn % 2] == 0, "an item is overwritten while it is read"
+        program.work[turn % 2] = item
+        yield
+        program.announced[turn % 2].arrive()
+
+
+def read_item(program, turn):
+    while not program.announced[turn % 2].passed(turn // 2 & 1):
+        yield
+    program.reading[turn % 2] += 1
+    item = program.work[turn % 2]
+    yield
+    assert program.work[turn % 2] == item
+    program.reading[turn % 2] -= 1
+    return item
+
+
 def producer(program, items):
     turn = use = 0
-    for item, steps in enumerate(items):
-        yield from program.queries.wait_empty(turn)
-        program.work[turn % 2] = (item, steps)
-        yield
+    value = None
+    item, steps = yield from read_item(program, 0)
+    while item >= 0:
         program.queries.fetch(turn, ("q", item), program.engine)
-        turn += 1
+        yield
         for step in range(steps):
             yield from program.keys.wait_empty(use)
             program.keys.fetch(use, ("k", item, step), program.engine)
             yield
-            yield from program.values.wait_empty(use)
-            program.values.fetch(use, ("v", item, step), program.engine)
-            yield
+            if use > 0:
+                yield from program.values.wait_empty(use - 1)
+                program.values.fetch(use - 1, value, program.engine)
+                yield
+            value = ("v", item, step)
             use += 1
-    yield from program.queries.wait_empty(turn)
-    program.work[turn % 2] = (-1, 0)
-    yield
+        turn += 1
+        item, steps = yield from read_item(program, turn)
     program.queries.fetch(turn, ("q", -1), program.engine)
     yield from program.keys.wait_empty(use)
     program.keys.fetch(use, ("k", -1, 0), program.engine)
+    yield from program.values.wait_empty(use - 1)
+    program.values.fetch(use - 1, value, program.engine)
 
 
 def products(program, me, use, turn, key_tag, value_tag):
@@ -152,8 +176,9 @@ def finish(program, use, value_tag):
 
 
 def receive(program, turn):
+    item = yield from read_item(program, turn)
     yield from program.queries.wait_full(turn)
-    return program.work[turn % 2]
+    return item
 
 
 def consumer(program, me, items):
@@ -190,7 +215,8 @@ class Program:
         self.queries = Ring("Q", 2, warpgroups)
         self.keys = Ring("K", stages, warpgroups)
         self.values = Ring("V", stages, warpgroups)
-        self.work, self.engine = [None, None], []
+        self.work, self.reading, self.engine = [None, None], [0, 0], []
+        self.announced = [Barrier(1), Barrier(1)]
         self.turns, self.ping_pong = [Named(), Named()], ping_pong
 
 
@@ -198,9 +224,9 @@ def run(seed):
     random.seed(seed)
     warpgroups = random.choice((1, 2))
     ping_pong = warpgroups == 2 and random.random() < 0.7
-    program = Program(warpgroups, random.choice((2, 4)), ping_pong)
+    program = Program(warpgroups, random.choice((1, 2, 3, 4)), ping_pong)
     items = [random.choice((1, 1, 2, 3, 5, 8)) for _ in range(random.randint(1, 8))]
-    actors = {"producer": producer(program, items)}
+    actors = {"scheduler": scheduler(program, items), "producer": producer(program, items)}
     actors |= {f"warpgroup {i}": consumer(program, i, items) for i in range(warpgroups)}
     actors["engine"] = copy_engine(program.engine)
     # Some runs starve one actor, others are fair.
@@ -222,12 +248,13 @@ def run(seed):
 
 def state(program):
     rings = (program.queries, program.keys, program.values)
-    barriers = [b for r in rings for b in (*r.full, *r.empty)]
+    barriers = [*program.announced, *(b for r in rings for b in (*r.full, *r.empty))]
     return (
         [(b.phase, b.pending, b.bytes) for b in barriers],
         [tuple(r.reading) for r in rings],
         [t.arrived for t in program.turns],
         len(program.engine),
+        [*program.reading],
     )
 
 

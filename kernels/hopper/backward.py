@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from entropy_attn.kernels.hopper import forward
 from entropy_attn.kernels.hopper.columns import (
@@ -74,7 +75,7 @@ from entropy_attn.kernels.launch import (
 from entropy_attn.kernels.plans import Launch, planned
 
 # Of the division of work, which follows from lengths.
-UNITS = "units", "lead", "programs", "unit_rows", "all_rows", "share"
+UNITS = "units", "lead", "programs", "unit_rows", "all_rows"
 
 
 # Producer
@@ -334,7 +335,7 @@ def _backward_kernel(
     order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, index_stride_b, index_stride_h,
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
-    units, lead, programs, unit_rows, all_rows, share,
+    units, lead, programs, unit_rows, all_rows,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr,
     LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, EARLY: gl.constexpr,
@@ -350,7 +351,7 @@ def _backward_kernel(
     )  # fmt: skip
     sums = Sums(
         sums_ptr, grad_query_ptr, counters_ptr, units, lead, programs, unit_rows, all_rows,
-        share, HEAD_DIM,
+        HEAD_DIM,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 0)
@@ -381,6 +382,7 @@ def _backward_kernel(
         old_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
         barriers(2, 1),
     )
+    gdc_wait()  # for the order and the sums
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     produce = columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc
@@ -500,7 +502,11 @@ def hopper_backward(
         int(config.unit * multiprocessors), config.lead,
     )  # fmt: skip
     sums, counters = partly_cleared(query, units)
-    order = None if offsets is None else backward_order(query, key, offsets, units.heads)
+    order = None
+    if offsets is not None:
+        order = backward_order(
+            query, key, offsets, units.heads, block_size[0], is_causal, kv_lens, q_lens
+        )
     tensors = (
         query, key, value, grad_out, statistics, sums, grad_key, grad_value,
         sums, sums, grad_query, counters,
@@ -549,7 +555,6 @@ def _plan_backward(
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
             units.count, units.lead, units.programs, units.rows, batch * heads * q_len,
-            units.share,
         ),
         described={
             **{n: descriptor(tensor, config.block_m, block_d) for n, tensor in row_sides},
@@ -564,5 +569,5 @@ def _plan_backward(
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
         EARLY=config.early,
         CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
-        num_warps=4,
+        launch_pdl=True, num_warps=4,
     )  # fmt: skip

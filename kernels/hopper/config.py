@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of a thread: at launch (None is all there are), in a warpgroup and in the producer, which takes a
-# warpgroup's share for its one warp; by programs a multiprocessor, which has 512 times 128 of them.
+# Of a thread: at launch (None is all there are), in a warpgroup and in the other warps, which take
+# a warpgroup's share; by programs a multiprocessor, which has 512 times 128 of them.
 REGISTERS = {1: (None, 240, 24), 2: (128, 216, 40), 3: (80, 128, 32)}
 
 
@@ -21,6 +21,8 @@ class HopperConfig:
         ping_pong: the warpgroups take turns at the tensor cores.
         query_registers: queries are operands from registers instead of shared memory.
         pin: keep ptxas from waiting for P V before the exponentials.
+        guard: take the maximum of an item's first unmasked step for all, until a sum outgrows it;
+            not with entropies, whose sums need the larger of all scores.
     """
 
     block_n: int
@@ -30,14 +32,19 @@ class HopperConfig:
     ping_pong: bool = True
     query_registers: bool = False
     pin: bool = False
+    guard: bool = False
 
 
-def hopper_config(head_dim: int, block_size: tuple[int, int]) -> HopperConfig:
+def hopper_config(
+    head_dim: int, block_size: tuple[int, int], entropies: bool = False
+) -> HopperConfig:
     """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
     is_wide = head_dim > 64
     if block_size[0] < 128:
         programs, stages = (2, 2) if is_wide else (3, 3)
         return HopperConfig(64, 1, stages, programs, ping_pong=False)
+    if entropies:
+        return HopperConfig(128, 2, 2 if is_wide else 4, ping_pong=is_wide, pin=True)
     if is_wide:
-        return HopperConfig(128, 2, 2, pin=True)
-    return HopperConfig(128, 2, 4, ping_pong=False, pin=True)
+        return HopperConfig(128, 2, 2, guard=True)
+    return HopperConfig(128, 2, 3, query_registers=True, guard=True)

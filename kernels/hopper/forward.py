@@ -11,10 +11,13 @@ memory through the copy engine, and one or two warpgroups of 64 queries each con
 step's exponentials run, the products Q K^T of the same step are done and P V of the step before is
 in flight. Two more things:
 - The running maximum may lag: it is raised, and what was summed rescaled, only when a row's scores
-  grew by more than a factor of 2^8 (as FlashAttention-4 does). That is exact: the same power of
-  two cancels in O and l.
+  grew by more than a factor of 2^8 (as FlashAttention-4 does), or, where no entropy is asked for,
+  when a sum grew beyond 2^14: then nobody looks for maxima (`guarded`). That is
+  exact: the same power of two cancels in O and l.
 - Programs are persistent and claim work items (a tile of queries each, `order.work_order`) from a
-  counter. The first Q K^T of the next item runs together with the last P V of the present one.
+  counter. The first Q K^T of the next item runs together with the last P V of the present one. A
+  scheduler warp claims an item ahead and looks up where its list ends, so that its first tiles are
+  fetched while the present one is worked at.
 
 A list is walked from its end, so that the blocks with masks (cut by the diagonal or by the last
 key) come first; of an odd list of blocks that are taken in pairs, the first step has a gap.
@@ -22,10 +25,11 @@ key) come first; of an odd list of blocks that are taken in pairs, the first ste
 Memory and barriers. Everything that the producer fills is a `Ring` of slots, each with a barrier
 `full` (the copy engine arrives with the bytes) and a barrier `empty` (each warpgroup arrives when
 its products have read the slot). The n-th use of a slot completes phase n of both. A program sees
-    producer:   item 0: Q K V K V ... K V, item 1: Q K V ... , end: Q K
+    producer:   item 0: Q K, K V, K V, ..., item 1: Q K V (that V of item 0), K V, ..., end: Q K V
     warpgroup:  Q K, then K+V, K+V, ..., Q K+V (that K of the next item), K+V, ...
 where K of step s and V of step s - 1 are used together; the end is an item without V, so that the
-last product needs no branch.
+last product needs no branch. What an item is stands in shared memory, with a barrier `announced` a
+slot; that its slot is free follows from the ring of queries, which has the same slots.
 """
 
 import torch
@@ -40,6 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from entropy_attn.kernels.hopper.config import REGISTERS, HopperConfig, hopper_config
 from entropy_attn.kernels.hopper.order import plan_order, work_order
@@ -51,11 +56,18 @@ from entropy_attn.kernels.hopper.primitives import (
     barriers,
     operand,
     pass_turn,
-    rescale,
     ring,
     take_turn,
 )
-from entropy_attn.kernels.hopper.softmax import first_softmax, next_softmax, visible
+from entropy_attn.kernels.hopper.producer import producer, read_item, scheduler
+from entropy_attn.kernels.hopper.row_values import rescale
+from entropy_attn.kernels.hopper.softmax import (
+    first_softmax,
+    guarded,
+    guarded_softmax,
+    next_softmax,
+    visible,
+)
 from entropy_attn.kernels.launch import (
     LENGTHS,
     adjacent_lists,
@@ -69,88 +81,9 @@ from entropy_attn.kernels.launch import (
 from entropy_attn.kernels.plans import Launch, planned
 
 LN_2 = gl.constexpr(0.6931471805599453)
-NO_ITEM = gl.constexpr(-1)
-
-
-# Producer
-
-
-@gluon.jit
-def _send_item(problem, memory, turn, query_desc, tile, last, full):
-    """Tell the warpgroups what the next item is, and fetch its queries."""
-    batch, head, row = problem.place(gl.maximum(tile, 0))
-    memory.queries.wait_empty(turn)
-    lane = gl.arange(0, 4, gl.BlockedLayout([4], [32], [1], [0]))  # (4,), all in every thread
-    fields = gl.where(lane == 0, tile, gl.where(lane == 1, last, full))
-    memory.items.index(turn % memory.queries.SLOTS).store(fields)
-    gl.thread_barrier()  # before the arrival that lets the warpgroups read it
-    memory.queries.fetch(turn, query_desc, batch, head, row, row + ROWS)
-
-
-@gluon.jit
-def _producer(
-    problem, memory, query_desc, key_desc, value_desc, items_ptr, items
-):  # fmt: skip
-    SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K  # blocks a step
-    item = gl.program_id(0)
-    tile = gl.load(items_ptr + item * 4)
-    last = gl.load(items_ptr + item * 4 + 1)
-    full = gl.load(items_ptr + item * 4 + 2)
-    turn = 0  # items so far
-    use = 0  # steps so far
-    while item < items:
-        _send_item(problem, memory, turn, query_desc, tile, last, full)
-        turn += 1
-        # The next item is claimed one item ahead, to have the answer in time.
-        claimed = gl.atomic_add(items_ptr + items * 4, 1)
-        # Each program's first item needs no claim, and each claims once in vain: this was the last.
-        gl.store(items_ptr + items * 4, 0, mask=claimed == items - 1)
-        item = claimed + gl.num_programs(0)
-        next_tile = gl.load(items_ptr + item * 4, mask=item < items, other=0)
-        next_last = gl.load(items_ptr + item * 4 + 1, mask=item < items, other=0)
-        next_full = gl.load(items_ptr + item * 4 + 2, mask=item < items, other=0)
-
-        batch, head, _ = problem.place(tile)
-        kv_head = head // problem.group
-        address = problem.address(tile)
-        slot = (problem.steps(last) - 1) * SLOTS
-        low = problem.start(address, last, slot)
-        high = problem.start(address, last, slot + SLOTS - 1)
-        while slot >= 0:
-            memory.keys.wait_empty(use)
-            memory.keys.fetch(use, key_desc, batch, kv_head, low, high)
-            # The next step's indices are on their way while this one waits for its slot.
-            next_low = problem.start(address, last, gl.maximum(slot - SLOTS, 0))
-            next_high = problem.start(address, last, gl.maximum(slot - 1, 0))
-            memory.values.wait_empty(use)
-            memory.values.fetch(use, value_desc, batch, kv_head, low, high)
-            use += 1
-            slot -= SLOTS
-            low = next_low
-            high = next_high
-        tile = next_tile
-        last = next_last
-        full = next_full
-    # The end: queries and keys for a product that nobody looks at.
-    _send_item(problem, memory, turn, query_desc, NO_ITEM, 0, 0)
-    memory.keys.wait_empty(use)
-    memory.keys.fetch(use, key_desc, 0, 0, 0, 0)
 
 
 # Consumers
-
-
-@gluon.jit
-def _receive_item(memory, turn):
-    """(tile, last, full) of the item that the producer announced."""
-    memory.queries.wait_full(turn)
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    fields = memory.items.index(turn % memory.queries.SLOTS).load(layout)  # (4,)
-    lane = gl.arange(0, 4, layout)  # all of it in every thread
-    tile = gl.sum(gl.where(lane == 0, fields, 0), 0)
-    last = gl.sum(gl.where(lane == 1, fields, 0), 0)
-    full = gl.sum(gl.where(lane == 2, fields, 0), 0)
-    return tile, last, full
 
 
 @gluon.jit
@@ -175,18 +108,6 @@ def _scores(problem, memory, query, use):
 
 
 @gluon.jit
-def _starts(problem, address, last, group, WANTED: gl.constexpr):
-    """First keys of a step's lower and upper block, the same one if the step is a block."""
-    low = 0
-    high = 0
-    if WANTED:
-        SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
-        low = problem.start(address, last, group * SLOTS)
-        high = problem.start(address, last, group * SLOTS + SLOTS - 1)
-    return low, high
-
-
-@gluon.jit
 def _products(problem, memory, query, p, acc, use, WARPGROUP: gl.constexpr):
     """Start Q K^T of step ``use`` and P V of the step before; wait for the former."""
     if problem.PING_PONG:
@@ -203,21 +124,27 @@ def _products(problem, memory, query, p, acc, use, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def _step(
-    problem, memory, query, p, acc, sums, use, address, last, group, limits,
+    problem, memory, query, p, acc, sums, use, address, last, step, limits,
     WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One step after the first: fold its scores into the softmax and the last step's p into acc."""
-    low, high = _starts(problem, address, last, group, MASKED)  # on their way meanwhile
+    low = 0
+    high = 0
+    if MASKED:
+        low, high = problem.starts(address, last, step)  # on their way meanwhile
     scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
     if MASKED:
         scores = visible(scores, problem, low, high, limits)
-    p, sums, alpha = next_softmax(scores, sums, problem, MASKED)
+    if problem.GUARD and not MASKED:
+        p, sums, alpha = guarded_softmax(scores, sums, problem)
+    else:
+        p, sums, alpha = next_softmax(scores, sums, problem, MASKED)
     if problem.PIN:
         # Never blocks. ptxas moves the wait below above the exponentials, but not past this.
         mbarrier.wait(memory.pin, 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     memory.values.release(use - 1)
-    acc = rescale(acc, gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout)))
+    acc = rescale(acc, alpha)
     return operand(p, acc, memory.values.tiles.dtype), acc, sums
 
 
@@ -231,7 +158,10 @@ def _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP: gl
     row += WARPGROUP * ROWS
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     mass = gl.convert_layout(gl.sum(sums.mass, 1), layout)  # (64,)
-    maximum = gl.convert_layout(sums.maximum, layout)
+    maximum = sums.maximum
+    if problem.GUARD:
+        maximum = gl.max(maximum, 1)  # all four are the same
+    maximum = gl.convert_layout(maximum, layout)
     is_alive = (mass != 0.0) & (last > 0)  # what is NaN stays NaN
     if problem.HAS_Q_LENS:
         is_alive = is_alive & (row + gl.arange(0, ROWS, layout) < q_end)
@@ -269,17 +199,15 @@ def _entropy(total, mass, log_mass, is_alive):
 def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     BLOCK_D: gl.constexpr = memory.values.tiles.shape[2]
     DTYPE: gl.constexpr = memory.values.tiles.dtype
-    SLOTS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K
     # Of the first step, which may have a gap.
-    FIRST_MASKED: gl.constexpr = problem.MASKED or SLOTS > 1
+    FIRST_MASKED: gl.constexpr = problem.MASKED or problem.BLOCKS > 1
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     if problem.PING_PONG and WARPGROUP == 1:
         pass_turn(1)  # the first turn is the other's
 
-    tile, last, full = _receive_item(memory, 0)
+    tile, last, full, low, high = read_item(memory, 0)
     q_end, kv_end = problem.ends(tile)
-    address = problem.address(tile)
-    low, high = _starts(problem, address, last, problem.steps(last) - 1, FIRST_MASKED)
+    memory.queries.wait_full(0)
     query = _query(problem, memory, 0, WARPGROUP)
     scores = warpgroup_mma_wait(0, deps=(_scores(problem, memory, query, 0),))
     memory.keys.release(0)
@@ -288,9 +216,9 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     turn = 0  # items done
     use = 1  # steps whose Q K^T was started
     while tile >= 0:
-        # A step takes the slots group * SLOTS + (0 .. SLOTS - 1) of the list.
-        group = problem.steps(last) - 1
-        full_groups = full // SLOTS
+        step = problem.steps(last) - 1
+        full_steps = full // problem.BLOCKS
+        address = problem.address(tile)
         limits = gl.zeros_like(lane) + kv_end  # (64,) the first key that a row must not see
         if problem.IS_CAUSAL:
             _, _, row = problem.place(tile)
@@ -302,30 +230,30 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
         p, sums = first_softmax(scores, problem, FIRST_MASKED)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
         p = operand(p, acc, DTYPE)
-        group -= 1
+        step -= 1
         if problem.MASKED:
-            while group >= full_groups:
+            while step >= full_steps:
                 p, acc, sums = _step(
-                    problem, memory, query, p, acc, sums, use, address, last, group, limits,
+                    problem, memory, query, p, acc, sums, use, address, last, step, limits,
                     WARPGROUP, True,
                 )  # fmt: skip
                 use += 1
-                group -= 1
-        while group >= 0:
+                step -= 1
+        if problem.GUARD:
+            sums = guarded(sums)
+        while step >= 0:
             p, acc, sums = _step(
-                problem, memory, query, p, acc, sums, use, address, last, group, limits,
+                problem, memory, query, p, acc, sums, use, address, last, step, limits,
                 WARPGROUP, False,
             )  # fmt: skip
             use += 1
-            group -= 1
+            step -= 1
         memory.queries.release(turn)
 
         turn += 1
-        next_tile, next_last, full = _receive_item(memory, turn)
+        next_tile, next_last, full, low, high = read_item(memory, turn)
         next_q_end, next_kv_end = problem.ends(next_tile)
-        address = problem.address(next_tile)
-        group = problem.steps(next_last) - 1
-        low, high = _starts(problem, address, next_last, group, FIRST_MASKED)
+        memory.queries.wait_full(turn)
         query = _query(problem, memory, turn, WARPGROUP)
         scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -351,6 +279,7 @@ def _forward_kernel(
     HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr,
     ROW_ENTROPY: gl.constexpr, BLOCK_ENTROPY: gl.constexpr,
     PING_PONG: gl.constexpr, QUERY_REGISTERS: gl.constexpr, PIN: gl.constexpr,
+    GUARD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     problem = Problem(
@@ -358,6 +287,7 @@ def _forward_kernel(
         heads, group, q_len, kv_len, q_tiles, scale_log2,
         WARPGROUPS * ROWS, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, IS_CAUSAL or MAY_CUT, LISTED,
         HAS_KV_LENS, HAS_Q_LENS, ROW_ENTROPY, BLOCK_ENTROPY, PING_PONG, QUERY_REGISTERS, PIN,
+        GUARD,
     )  # fmt: skip
     results = Results(out_desc, lse_ptr, row_ptr, block_ptr)
     dtype: gl.constexpr = out_desc.dtype
@@ -371,32 +301,38 @@ def _forward_kernel(
         queries,
         ring(key_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
         ring(value_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
-        gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        barriers(2, 1),
         out_boxes,
         out_boxes._reinterpret(dtype, [WARPGROUPS, ROWS, BLOCK_D], out_layout),
         pin,
     )
+    gdc_wait()  # for the order, and what its launch had waited for
     # The first partition is the program's own four warps.
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    produce = (
-        problem, memory, query_desc, key_desc, value_desc, items_ptr, items
-    )  # fmt: skip
+    produce = (problem, memory, query_desc, key_desc, value_desc)
+    schedule = (problem, memory, items_ptr, items)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (_consumer, (problem, memory, results, FIRST)),
                 (_consumer, (problem, memory, results, SECOND)),
-                (_producer, produce),
+                (producer, produce),
+                (scheduler, schedule),
             ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+            [4, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
         gl.warp_specialize(
-            [(_consumer, (problem, memory, results, FIRST)), (_producer, produce)],
-            [1],
-            [PRODUCER_REGISTERS],
+            [
+                (_consumer, (problem, memory, results, FIRST)),
+                (producer, produce),
+                (scheduler, schedule),
+            ],
+            [1, 1],
+            [PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )
 
 
@@ -490,7 +426,8 @@ def hopper_forward(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf")), row.zero_(), block.zero_()
 
-    config = config or hopper_config(query.shape[3], block_size)
+    entropies = row_entropy or block_entropy
+    config = config or hopper_config(query.shape[3], block_size, entropies)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     multiprocessors, l2_bytes = device_limits(query.get_device())
     if order is None:
@@ -581,6 +518,7 @@ def plan_forward(
         ROW_ENTROPY=row_entropy, BLOCK_ENTROPY=block_entropy,
         PING_PONG=config.ping_pong and config.warpgroups == 2,
         QUERY_REGISTERS=config.query_registers, PIN=config.pin,
+        GUARD=config.guard and not (row_entropy or block_entropy),
         CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
-        num_warps=4, maxnreg=launch_registers,
+        num_warps=4, maxnreg=launch_registers, launch_pdl=True,
     )  # fmt: skip

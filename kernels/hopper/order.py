@@ -19,14 +19,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from entropy_attn.kernels.launch import LENGTHS, ceil_div, list_strides
+from entropy_attn.kernels.launch import LENGTHS, architecture, ceil_div, list_strides
 from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import head_base, valid_length
 
 # That are compared with each other, unless one head has more.
 MOST_ITEMS = 16384
-TILES_A_PROGRAM = 32
+TILES_A_PROGRAM = 16
+CHUNK = 256  # items or entries of a list that it looks at in a step
 # Columns of a row of the table.
 ITEM_FIELDS = tl.constexpr(4)
 
@@ -55,16 +57,20 @@ def _lengths(
     Exact but for lists that name blocks after the diagonal or after the last valid key.
 
     GROUP > 0: the "tiles" are blocks of keys, and the length is that of their columns in all query
-    heads of the group, whatever the diagonal and the valid lengths leave of them; counts_ptr points
-    to the offsets of the transposed lists.
+    heads of the group; counts_ptr points to the offsets of the transposed lists.
     """
     if GROUP > 0:
+        rows = tl.cdiv(q_end, BLOCK_Q)
+        most = tl.zeros_like(tiles) + rows
+        if IS_CAUSAL:
+            most -= tl.minimum(tl.maximum(tiles * BLOCK_M + q_end - kv_end, 0) // BLOCK_Q, rows)
+        most = tl.where(tiles * BLOCK_M < kv_end, most, 0)
         length = tl.zeros_like(tiles)
         for member in tl.static_range(GROUP):
             columns = batch * count_strides[0] + (head * GROUP + member) * count_strides[1] + tiles
             begin = tl.load(counts_ptr + columns, mask=valid, other=0)
             end = tl.load(counts_ptr + columns + 1, mask=valid, other=0)
-            length += (end - begin).to(tl.int32)
+            length += tl.minimum((end - begin).to(tl.int32), most)
         return tl.where(valid, length, -1)
     length = _reach(tiles, q_end, kv_end, BLOCK_M, BLOCK_K, IS_CAUSAL)
     if LISTED:
@@ -84,8 +90,11 @@ def _order_kernel(
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
     HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, CHUNK: tl.constexpr,
+    TILES: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()  # the next launch may begin, and wait for this one's end
+        gdc_wait()
     count_strides = count_stride_b, count_stride_h, count_stride_t
     batch_head = tl.program_id(1)  # counts over all heads of all batch rows
     batch, head = batch_head // heads, batch_head % heads
@@ -101,7 +110,7 @@ def _order_kernel(
     # The blocks of a list that are visited at all, and those that need no mask.
     last = length
     full = length
-    if IS_CAUSAL or MAY_CUT:
+    if (IS_CAUSAL or MAY_CUT) and GROUP == 0:
         clear = tl.zeros_like(tiles) + kv_end // BLOCK_K
         if IS_CAUSAL:
             first_positions = tl.maximum(tiles * BLOCK_M + kv_end - q_end + 1, 0)
@@ -147,6 +156,12 @@ def _order_kernel(
     tl.store(rows + 2, full, mask=valid)
     if (batch_head == 0) & (tl.program_id(0) == 0):
         tl.store(items_ptr + total_heads * q_tiles * ITEM_FIELDS, 0)  # nothing is claimed yet
+
+
+def dependent(device: torch.device) -> dict[str, bool]:
+    """Constants of a launch that begins before the last one has ended, for which it waits."""
+    is_possible = architecture(device) == "sm90"
+    return {"DEPENDENT": is_possible} | ({"launch_pdl": True} if is_possible else {})
 
 
 def heads_together(
@@ -234,11 +249,21 @@ def plan_order(
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None, GROUP=0,
-        TILES=TILES_A_PROGRAM, CHUNK=64, num_warps=4,
+        TILES=TILES_A_PROGRAM, CHUNK=CHUNK,
+        **dependent(key.device), num_warps=4,
     )  # fmt: skip
 
 
-def backward_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -> Tensor:
+def backward_order(
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor,
+    together: int,
+    block_q: int,
+    is_causal: bool,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+) -> Tensor:
     """The order of the backward, whose items are blocks of 128 keys.
 
     Args:
@@ -249,34 +274,38 @@ def backward_order(query: Tensor, key: Tensor, offsets: Tensor, together: int) -
         (B * Hkv * Mk + 1, 4) int32, of which the first column is an item's number,
         (b * Hkv + h) * Mk + t.
     """
-    batch, kv_heads, kv_len, _ = key.shape
-    rows = batch * kv_heads * (offsets.shape[2] - 1) + 1
+    rows = key.shape[0] * key.shape[1] * (offsets.shape[2] - 1) + 1
     items = torch.empty((rows, 4), dtype=torch.int32, device=key.device)
-    group = query.shape[1] // kv_heads
-    launch = _plan_backward_order(items, offsets, batch, kv_heads, kv_len, group, together)
-    launch(items, offsets, offsets, items, items)
+    launch = _plan_backward_order(
+        query, key, offsets, together, block_q, is_causal, kv_lens, q_lens
+    )  # fmt: skip
+    # Lists are not read.
+    launch(items, offsets, *(items if x is None else x for x in (None, kv_lens, q_lens)))
     return items
 
 
 @planned
 def _plan_backward_order(
-    items: Tensor,
+    query: Tensor,
+    key: Tensor,
     offsets: Tensor,
-    batch: int,
-    kv_heads: int,
-    kv_len: int,
-    group: int,
     together: int,
+    block_q: int,
+    is_causal: bool,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
 ) -> Launch:
+    batch, kv_heads, kv_len, _ = key.shape
     tiles = offsets.shape[2] - 1
     strides = list_strides(offsets, offsets)[:3]
     return Launch(
         _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * kv_heads),
         (
             *strides, 0, 0, 0,
-            kv_heads, batch * kv_heads, together, kv_len, kv_len, tiles,
+            kv_heads, batch * kv_heads, together, query.shape[2], kv_len, tiles,
         ),
-        BLOCK_M=128, BLOCK_Q=128, BLOCK_K=128, IS_CAUSAL=False, MAY_CUT=False, LISTED=True,
-        HAS_KV_LENS=False, HAS_Q_LENS=False, GROUP=group, TILES=TILES_A_PROGRAM, CHUNK=64,
-        num_warps=4,
+        BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False, LISTED=True,
+        HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
+        GROUP=query.shape[1] // kv_heads, TILES=TILES_A_PROGRAM, CHUNK=CHUNK,
+        **dependent(key.device), num_warps=4,
     )  # fmt: skip

@@ -57,45 +57,6 @@ def pass_turn(warpgroup: gl.constexpr):
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _rescale_asm(count):
-    """Multiply ``count`` registers by as many factors, unless no thread of the warp needs it.
-
-    A thread holds two rows; pairs of columns alternate between them, so that the factors number
-    0 and 2 are all there are.
-    """
-    products = [f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)]
-    lines = [
-        "{",
-        ".reg .pred p, q;",
-        f"setp.ne.f32 p, ${2 * count}, 0f3F800000;",
-        f"setp.ne.or.f32 p, ${2 * count + 2}, 0f3F800000, p;",
-        "vote.sync.any.pred q, p, 0xffffffff;",
-        "@!q bra DONE;",
-        *products,
-        "DONE:",
-        "}",
-    ]
-    return "\n".join(lines)
-
-
-@gluon.constexpr_function
-def _rescale_constraints(count):
-    tied = [str(i) for i in range(count)]  # each result starts as the register it replaces
-    return ",".join(["=f"] * count + tied + ["f"] * count)
-
-
-@gluon.jit
-def rescale(acc, alpha):
-    """acc (64, D) times alpha (64,), skipped by warps where all alpha are 1."""
-    registers: gl.constexpr = acc.shape[1] // 2  # a thread's, of 128
-    factors, _ = gl.broadcast(alpha[:, None], acc)
-    return gl.inline_asm_elementwise(
-        _rescale_asm(registers), _rescale_constraints(registers), [acc, factors],
-        dtype=gl.float32, is_pure=True, pack=registers,
-    )  # fmt: skip
-
-
 @gluon.jit
 def operand(x, acc, DTYPE: gl.constexpr):
     """x (64, N) as left operand of a product that is added to acc, in the registers where it is."""
@@ -223,7 +184,8 @@ class Memory:
 
     Attributes:
         queries, keys, values: rings that the producer fills.
-        items: (slots of the ring of queries, 4), what the item is: tile, last, full.
+        items: (slots of the ring of queries, 8), what each item is; announced: a barrier a slot,
+            which says that it stands there.
         out_boxes, out_tiles: (warpgroups, 64, D), results on their way out.
         pin: a barrier of which phase 0 never completes; not one of its own without `Problem.PIN`.
     """
@@ -232,16 +194,18 @@ class Memory:
     keys: Ring
     values: Ring
     items: gl.shared_memory_descriptor
+    announced: gl.shared_memory_descriptor
     out_boxes: gl.shared_memory_descriptor
     out_tiles: gl.shared_memory_descriptor
     pin: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, queries, keys, values, items, out_boxes, out_tiles, pin):
+    def __init__(self, queries, keys, values, items, announced, out_boxes, out_tiles, pin):
         self.queries = queries
         self.keys = keys
         self.values = values
         self.items = items
+        self.announced = announced
         self.out_boxes = out_boxes
         self.out_tiles = out_tiles
         self.pin = pin
@@ -299,12 +263,14 @@ class Problem:
     PING_PONG: gl.constexpr
     QUERY_REGISTERS: gl.constexpr
     PIN: gl.constexpr
+    GUARD: gl.constexpr
+    BLOCKS: gl.constexpr  # a step
 
     @gluon.constexpr_function
     def __init__(
         self, indices, kv_lens, q_lens, stride_b, stride_h, stride_t, heads, group, q_len, kv_len,
         q_tiles, scale_log2, BLOCK_M, BLOCK_N, BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED, LISTED,
-        HAS_KV_LENS, HAS_Q_LENS, ROW_ENTROPY, BLOCK_ENTROPY, PING_PONG, QUERY_REGISTERS, PIN,
+        HAS_KV_LENS, HAS_Q_LENS, ROW_ENTROPY, BLOCK_ENTROPY, PING_PONG, QUERY_REGISTERS, PIN, GUARD,
     ):  # fmt: skip
         self.indices = indices
         self.kv_lens = kv_lens
@@ -332,6 +298,8 @@ class Problem:
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.QUERY_REGISTERS = gl.constexpr(QUERY_REGISTERS)
         self.PIN = gl.constexpr(PIN)
+        self.GUARD = gl.constexpr(GUARD)
+        self.BLOCKS = gl.constexpr(BLOCK_N // BLOCK_K)
 
     @gluon.jit
     def place(self, tile):
@@ -359,11 +327,19 @@ class Problem:
     @gluon.jit
     def steps(self, last):
         """Steps that ``last`` blocks take; a step without blocks for an empty list."""
-        slots: gl.constexpr = self.BLOCK_N // self.BLOCK_K
-        return gl.maximum((last + slots - 1) // slots, 1)
+        return gl.maximum((last + self.BLOCKS - 1) // self.BLOCKS, 1)
 
     @gluon.jit
-    def start(self, address, last, slot):
+    def starts(self, address, last, step):
+        """First keys of a step's lower and upper block, the same one if it has only one."""
+        low = self._start(address, last, step * self.BLOCKS)
+        high = low
+        if self.BLOCKS > 1:
+            high = self._start(address, last, step * self.BLOCKS + 1)
+        return low, high
+
+    @gluon.jit
+    def _start(self, address, last, slot):
         """First key of the block in a slot of the list; past the last key for a gap."""
         start = slot * self.BLOCK_K
         if self.LISTED:

@@ -4,7 +4,8 @@ For a row with scores s_j in base 2 and a maximum m, a step adds to e_j = 2^(s_j
 to l = sum e_j. Row and block entropy are log l - T / l, with T = sum e_j (s_j - m) for rows and
 T = sum_B e_B log2 e_B for blocks, e_B = sum over the block of e_j; when m rises by d, T becomes
 2^-d (T - d l) (see `entropy_attn.kernels.block_sparse_forward`). All that holds for any m, and so
-for one that lags behind the largest score.
+for one that lags behind the largest score. Without entropies steps that need no mask do not even
+look for it (`guarded`).
 
 Four threads share a row. Every sum is linear in parts of the row, so that each thread adds up its
 own columns, T included, and the four meet after the last step. Only the logarithm of e_B wants the
@@ -16,7 +17,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
+from entropy_attn.kernels.hopper.guarded import guarded_exp2
 from entropy_attn.kernels.hopper.primitives import ROWS, exp2, log2, settled
+from entropy_attn.kernels.hopper.row_values import by_thread, of_threads
 
 NO_SCORE = gl.constexpr(-1.0e38)  # below every score, yet finite: see primitives.NO_SCORE
 # How far a row's maximum may lag, in powers of two: p stays below 2^8, far from fp16's limit.
@@ -29,7 +32,7 @@ class Sums:
     """What a row has added up to so far, beside its accumulator.
 
     Attributes:
-        maximum: (64,) m, in base 2.
+        maximum: (64,) m, in base 2; (64, 4) for `guarded_softmax`, as a thread knows it.
         mass: (64, 4) l, each thread's part.
         row, block: (64, 4) T of row and of block entropy, each thread's part; the mass again, never
             read, where that entropy is not wanted.
@@ -69,7 +72,7 @@ def first_softmax(scores, problem, MASKED: gl.constexpr):
 
 @gluon.jit
 def next_softmax(scores, sums, problem, MASKED: gl.constexpr):
-    """(64, N) p of a later step, the new `Sums` and (64,) 2^(old maximum - new one)."""
+    """(64, N) p of a later step, the new `Sums` and 2^(old maximum - new one), (64, 4)."""
     highest = gl.max(scores, 1) * problem.scale_log2  # (64,)
     maximum = gl.where(highest > sums.maximum + LAG, highest, sums.maximum)
     shift = sums.maximum - maximum
@@ -88,7 +91,22 @@ def next_softmax(scores, sums, problem, MASKED: gl.constexpr):
                 row = settled(row)
         if problem.BLOCK_ENTROPY:
             block = factor * (sums.block + moved) + step.block
-    return p, Sums(maximum, mass, row, block), alpha
+    return p, Sums(maximum, mass, row, block), of_threads(alpha, mass)
+
+
+@gluon.jit
+def guarded_softmax(scores, sums, problem):
+    """As `next_softmax`, without a look at the scores; sums.maximum is (64, 4)."""
+    p, maximum, alpha, step_mass = guarded_exp2(scores, sums.maximum, problem.scale_log2)
+    mass = sums.mass * alpha + step_mass
+    return p, Sums(maximum, mass, mass, mass), alpha
+
+
+@gluon.jit
+def guarded(sums):
+    """The sums for `guarded_softmax`."""
+    maximum = of_threads(sums.maximum, sums.mass)
+    return Sums(maximum, sums.mass, sums.mass, sums.mass)
 
 
 @gluon.jit
@@ -97,7 +115,7 @@ def _step(scores, maximum, problem, MASKED: gl.constexpr):
     BLOCKS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K if problem.BLOCK_ENTROPY else 1
     exponents = scores * problem.scale_log2 - maximum[:, None]  # (64, N)
     p = exp2(exponents)
-    parts = gl.sum(gl.sum(_by_thread(p, BLOCKS), 4), 2)  # (64, blocks, 4)
+    parts = gl.sum(gl.sum(by_thread(p, BLOCKS), 4), 2)  # (64, blocks, 4)
     mass = gl.sum(parts, 1)
     row = mass
     block = mass
@@ -105,15 +123,9 @@ def _step(scores, maximum, problem, MASKED: gl.constexpr):
         if MASKED:
             exponents = gl.maximum(exponents, NO_SCORE)  # 0 * -inf would be NaN
         # Along the columns first: then most products and sums are one instruction.
-        columns = gl.sum(_by_thread(p * exponents, 1), 2)  # (64, 1, 4, 2)
+        columns = gl.sum(by_thread(p * exponents, 1), 2)  # (64, 1, 4, 2)
         row = gl.convert_layout(gl.sum(gl.sum(columns, 3), 1), mass.type.layout)
     if problem.BLOCK_ENTROPY:
         log_mass = log2(gl.maximum(gl.sum(parts, 2), NO_MASS))  # (64, blocks)
         block = gl.sum(parts * log_mass[:, :, None], 1)
     return p, Sums(maximum, mass, row, block)
-
-
-@gluon.jit
-def _by_thread(x, BLOCKS: gl.constexpr):
-    """(64, N) as (64, blocks, N / blocks / 8, 4, 2): of every 8 columns a thread holds two."""
-    return gl.reshape(x, [ROWS, BLOCKS, x.shape[1] // (8 * BLOCKS), 4, 2])

@@ -94,7 +94,6 @@ class Sums:
         lead: units between one that is added to and one that is cleared or rounded.
         programs: of a unit.
         unit_rows: of the sums of a unit; all_rows: of all units.
-        share: rows of any other unit that a program clears or rounds, a multiple of 64.
     """
 
     sums: gl.tensor
@@ -105,12 +104,11 @@ class Sums:
     programs: gl.tensor
     unit_rows: gl.tensor
     all_rows: gl.tensor
-    share: gl.tensor
     HEAD_DIM: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, sums, out, counters, units, lead, programs, unit_rows, all_rows, share, HEAD_DIM
+        self, sums, out, counters, units, lead, programs, unit_rows, all_rows, HEAD_DIM
     ):  # fmt: skip
         self.sums = sums
         self.out = out
@@ -120,7 +118,6 @@ class Sums:
         self.programs = programs
         self.unit_rows = unit_rows
         self.all_rows = all_rows
-        self.share = share
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
 
     @gluon.jit
@@ -138,10 +135,16 @@ class Sums:
 
     @gluon.jit
     def _rows(self, unit):
-        """(first row, end of the rows) of the program's share of a unit."""
-        first = unit * self.unit_rows + gl.program_id(0) % self.programs * self.share
+        """(first row, end of the rows) of another unit that are the program's share.
+
+        The programs of its own unit, of which the last one may have fewer, share them.
+        """
+        own = gl.program_id(0) // self.programs * self.programs
+        members = gl.minimum(self.programs, gl.num_programs(0) - own)
+        share = ((self.unit_rows + members - 1) // members + ROWS - 1) // ROWS * ROWS
+        first = unit * self.unit_rows + (gl.program_id(0) - own) * share
         end = gl.minimum((unit + 1) * self.unit_rows, self.all_rows)
-        return first, gl.minimum(first + self.share, end)
+        return first, gl.minimum(first + share, end)
 
     @gluon.jit
     def _clear(self, first, end):
@@ -207,9 +210,9 @@ class Sums:
             self._clear(first, end)
             _raise(self.counters + unit + self.lead)
         if unit >= self.lead:
-            _wait_for(self.counters + self.units + unit - self.lead, self.programs)
             first, end = self._rows(unit - self.lead)
             if first < end:
+                _wait_for(self.counters + self.units + unit - self.lead, self.programs)
                 self._round(rows_desc, boxes, tiles, full, first, end)
 
 
@@ -226,7 +229,6 @@ class Units:
         lead: units between one that is added to and one that is cleared or rounded.
         programs: of a unit.
         rows: of the sums of a unit.
-        share: of these, a program's of any unit; a multiple of 64.
     """
 
     heads: int
@@ -234,7 +236,6 @@ class Units:
     lead: int
     programs: int
     rows: int
-    share: int
 
 
 @lru_cache(MOST_PLANS)
@@ -246,15 +247,11 @@ def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, le
         kv_tiles: programs of a head of keys; head_rows: queries of it, in all heads of its group.
     """
     fewest = min(kv_heads, ceil_div(max(1, least_programs), kv_tiles))
-    # All of the same size if they can be, else the last one not much smaller: its programs decide
-    # how large all shares are.
+    # All of the same size if they can be, else the last one not much smaller.
     nearly = ceil_div(kv_heads, kv_heads // fewest)
     heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), nearly)
     count = ceil_div(kv_heads, heads)
-    # The programs of the last unit have to do with a share as well.
-    least = (kv_heads - (count - 1) * heads) * kv_tiles
-    share = ceil_div(ceil_div(heads * head_rows, least), ROWS.value) * ROWS.value
-    return Units(heads, count, min(lead, count), heads * kv_tiles, heads * head_rows, share)
+    return Units(heads, count, min(lead, count), heads * kv_tiles, heads * head_rows)
 
 
 def partly_cleared(query: Tensor, units: Units) -> tuple[Tensor, Tensor]:
