@@ -21,7 +21,7 @@ PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # Pairs of queries and keys of all heads, seen or not, from which on the kernels for sm_90 are
 # faster, the order of the work included. Where head_dim is at most 64 it takes more of them.
-SMALL, SMALL_NARROW = 2**27, 2**29
+SMALL, SMALL_NARROW = 2**27, 2**27
 SMALL_BACKWARD, SMALL_BACKWARD_NARROW = 2**27, 2**29
 
 

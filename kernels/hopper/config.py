@@ -42,7 +42,7 @@ def hopper_config(
     is_wide = head_dim > 64
     if block_size[0] < 128:
         programs, stages = (2, 2) if is_wide else (3, 3)
-        return HopperConfig(64, 1, stages, programs, ping_pong=False)
+        return HopperConfig(64, 1, stages, programs, ping_pong=False, guard=not is_wide)
     if entropies:
         return HopperConfig(128, 2, 2 if is_wide else 4, ping_pong=is_wide, pin=True)
     if is_wide:
