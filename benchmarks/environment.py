@@ -92,7 +92,9 @@ def _cpu_name() -> str:
 
 
 def _nvidia_smi(field: str) -> str | None:
-    found = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    # By its name, as nvidia-smi counts all GPUs and PyTorch those of CUDA_VISIBLE_DEVICES.
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    found = _output("nvidia-smi", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits")
     return found.splitlines()[0].strip() if found else None
 
 

@@ -20,8 +20,8 @@ PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # Pairs of queries and keys of all heads, seen or not, from which on the kernels for sm_90 are
-# faster, the order of the work included. Where head_dim is at most 64 it takes more of them.
-SMALL, SMALL_NARROW = 2**27, 2**27
+# faster, the order of the work included. Backward it takes more where head_dim is at most 64.
+SMALL = 2**27
 SMALL_BACKWARD, SMALL_BACKWARD_NARROW = 2**27, 2**29
 
 
@@ -78,14 +78,13 @@ def forward_kernel(
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
-    if _is_small(query, key, SMALL, SMALL_NARROW):
+    if _pairs(query, key) < SMALL:
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
 
 
-def _is_small(query: Tensor, key: Tensor, least: int, least_narrow: int) -> bool:
-    pairs = query.shape[:3].numel() * key.shape[2]
-    return pairs < (least if query.shape[3] > 64 else least_narrow)
+def _pairs(query: Tensor, key: Tensor) -> int:
+    return query.shape[:3].numel() * key.shape[2]
 
 
 def backward_kernel(
@@ -115,7 +114,7 @@ def backward_kernel(
         )
     if problem is not None:
         return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
-    if _is_small(query, key, SMALL_BACKWARD, SMALL_BACKWARD_NARROW):
+    if _pairs(query, key) < (SMALL_BACKWARD if query.shape[3] > 64 else SMALL_BACKWARD_NARROW):
         return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 

@@ -55,7 +55,7 @@ def attend_selected(
     if is_known and is_unwatched(tensors) and not is_autocasting():
         launches = _plan(
             *tensors, block_size, scorer, budget, sink, local, backend, is_causal, scale, window,
-            dot_precision(query.dtype), ops.SMALL, ops.SMALL_NARROW,
+            dot_precision(query.dtype), ops.SMALL,
         )  # fmt: skip
         if launches is not None:
             return launches(*tensors)

@@ -236,7 +236,6 @@ def test_as_a_part_of_the_package(case, monkeypatch):
     from test_attention import check_entropies, check_entropy_gradients
 
     monkeypatch.setattr(ops, "SMALL", 0)
-    monkeypatch.setattr(ops, "SMALL_NARROW", 0)
     query, key, value = case.build("cuda").inputs
     scale = case.head_dim**-0.5
     found, _ = ops.forward_kernel(query, key, value, case.block_size, 0, scale, entropy=True)

@@ -82,7 +82,6 @@ LARGE = [
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_gpu_the_same_bits(case, small, head_dim, monkeypatch):
     monkeypatch.setattr(ops, "SMALL", small)
-    monkeypatch.setattr(ops, "SMALL_NARROW", small)
     check(case, "cuda", torch.bfloat16, monkeypatch, head_dim)
 
 
