@@ -224,6 +224,9 @@ def main(
     causal: bool = False,
     irregular: bool = False,
     seconds: float = 2.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Call the default three times, for a profiler.")
+    ] = False,
 ) -> None:
     """Time the configurations of a kernel on one case, B=2 and H=16, bf16."""
     if kernel not in KERNELS:
@@ -235,7 +238,16 @@ def main(
         head_dim, length, density, block, is_causal=causal, irregular=irregular,
         direction=direction,
     )  # fmt: skip
-    Console().print(compare(kernel, case, torch.device("cuda"), seconds))
+    device = torch.device("cuda")
+    if not profile:
+        Console().print(compare(kernel, case, device, seconds))
+        return
+    run, variants = KERNELS[kernel]
+    inputs = make_inputs(case, device, 0)
+    default = variants(inputs)[DEFAULT]
+    for _ in range(3):
+        run(inputs, default)
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
