@@ -75,8 +75,8 @@ class Section:
         return slug(self.title)
 
 
-# Suites with a section of their own, which names the machine.
-SEPARATE = ("vit", "llm", "decode", "reorder", "train")
+# Suites with a section of their own, which names the machine; pictures that no machine changes.
+SEPARATE = ("vit", "llm", "decode", "reorder", "train", "masks")
 
 
 class OneMachine(Store):
@@ -211,8 +211,9 @@ def _speed(store: Store) -> Section:
         mine = [r for r in records if r.config["direction"] == direction]
         if mine:
             draw = partial(
-                plots.bars, report.visited_speed(mine), "TFLOP/s on visited tiles", direction
-            )
+                plots.bars, report.visited_speed(mine), "TFLOP/s on visited tiles", direction,
+                known=report.CONTESTANTS,
+            )  # fmt: skip
             section.figures.append(Figure(svg_of(draw), f"All cases, {direction}."))
     for name, title in (
         ("attention-forward", "Forward, all contestants"),

@@ -169,9 +169,20 @@ def mask_heat_maps(heads: Sequence[HeadPicture], title: str, path: Path) -> None
         save(figure, path)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, path: Path) -> None:
-    """Grouped bars: one group per case, one bar per contestant, the first on top."""
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    xlabel: str,
+    title: str,
+    path: Path,
+    known: Sequence[str] = (),
+) -> None:
+    """Grouped bars: one group per case, one bar per contestant, the first on top.
+
+    Args:
+        known: contestants that have their colour by their place here, in whatever picture.
+    """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    places = list(dict.fromkeys([*known, *names]))
     count = sum(map(len, groups.values()))
     with plt.rc_context(STYLE):
         height = 0.17 * count + 0.2 * len(groups) + 1.6
@@ -181,11 +192,11 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, title: str, pat
             present = [name for name in names if name in group]
             for offset, name in enumerate(present):
                 at, value = position + offset, group[name]
-                axes.barh(at, value, 0.9, **_filled(names, name))
+                axes.barh(at, value, 0.9, **_filled(places, name))
                 axes.text(value, at, f" {value:.0f}", va="center", fontsize=7)
             ticks.append(position + (len(present) - 1) / 2)
             position += len(present) + 1
-        handles = [Patch(**_filled(names, name), label=name) for name in names]
+        handles = [Patch(**_filled(places, name), label=name) for name in names]
         axes.set_yticks(ticks, list(groups), fontsize=8.5)
         axes.set_ylim(position - 0.6, -0.8)
         axes.grid(axis="y", visible=False)

@@ -392,6 +392,11 @@ def quality_points(records: list[Record]) -> list[plots.Point]:
     ]
 
 
+# Each has one colour in all pictures, that of its place here.
+CONTESTANTS = (
+    "entropy-attn", "FlexAttention", "SDPA flash", "SDPA cuDNN", "SDPA efficient", "flash-attn-4",
+    "FlexAttention, block lists", "flash-attn-4, block lists", "entropy-attn, deterministic",
+)  # fmt: skip
 HEADS_TITLE = "SmolLM2-135M on prose: the attention of four heads, and the blocks that are chosen"
 
 
@@ -412,7 +417,8 @@ def draw(store: Store, folder: Path) -> list[Path]:
         for machine, records in by_machine(full_records(store, "attention", direction=direction)):
             groups = visited_speed(records)
             path = folder / f"attention_{direction}_{slug(machine)}.png"
-            plots.bars(groups, "TFLOP/s on visited tiles", f"{direction}, {machine}", path)
+            title = f"{direction}, {machine}"
+            plots.bars(groups, "TFLOP/s on visited tiles", title, path, CONTESTANTS)
             drawn.append(path)
     attention = dict(by_machine(full_records(store, "attention")))
     for machine, records in by_machine(full_records(store, "entropy")):

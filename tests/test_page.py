@@ -138,6 +138,20 @@ def test_roofline_counts_what_has_to_move():
     assert point["attention, forward"][0][0] == pytest.approx(16384 / 2)
 
 
+def test_heads_are_shown_whichever_machine_saw_them(store, tmp_path):
+    """The suite ``masks`` runs on a CPU, the page shows a GPU."""
+    rng = np.random.default_rng(0)
+    drawn = HeadPicture("layer 1, head 2", np.tril(rng.random((7, 7))), np.eye(7) > 0, 0.5, 0.9)
+    config = {"form": "full", "number": 0}
+    path = tmp_path / "report.html"
+    write_page(store, path)
+    assert "unknown to the predictor" not in path.read_text(encoding="utf-8")
+    another = {**MACHINE, "gpu": "Another"}
+    store.append(Record("masks", config, {"status": "ok", **encoded(drawn)}, another))
+    write_page(store, path)
+    assert "unknown to the predictor" in path.read_text(encoding="utf-8")
+
+
 def test_claims_without_records_are_not_judged(tmp_path):
     for _, _, measured, _, verdict in claims.rows(Store(tmp_path)):
         assert (measured, verdict) == claims.NOT_YET
