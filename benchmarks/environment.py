@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": _nvidia_smi("driver_version"),
+            "driver": _nvidia_smi("driver_version", of_all=True),
             "max_sm_clock_mhz": _number(_nvidia_smi("clocks.max.sm")),
         }
     return found
@@ -91,10 +91,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _nvidia_smi(field: str) -> str | None:
-    # By its name, as nvidia-smi counts all GPUs and PyTorch those of CUDA_VISIBLE_DEVICES.
-    gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
-    found = _output("nvidia-smi", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits")
+def _nvidia_smi(field: str, of_all: bool = False) -> str | None:
+    """What it says of the GPU that is measured; None if that is a part of one (MIG).
+
+    By its name, as nvidia-smi counts all GPUs and PyTorch those of CUDA_VISIBLE_DEVICES.
+    """
+    gpu = [] if of_all else [f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"]
+    found = _output("nvidia-smi", *gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits")
     return found.splitlines()[0].strip() if found else None
 
 

@@ -80,7 +80,8 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
         changes["query in registers, pin"] = {"query_registers": True, "pin": True}
         changes["two programs"] = {"programs": 2, "stages": 2}
         changes["three programs"] = {"programs": 3, "stages": 2}
-        changes["guard"] = {"guard": True}
+        if not entropies:
+            changes["no guard" if default.guard else "guard"] = {"guard": not default.guard}
     return _others(default, changes)
 
 

@@ -71,7 +71,7 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     assert arch != MEASURED or compiled == launched
     assert kernels_by_width(compiled, arch) == kernels_by_width(launched, arch)
     if arch == "sm90":
-        # What these spill lies around their innermost loops, as the disassembly says.
+        # What these spill lay around their innermost loops when somebody looked at the disassembly.
         spills = defaultdict(list)
         for each in compiled:
             if each["case"].startswith(("Hopper", "backward")):

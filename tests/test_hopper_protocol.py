@@ -187,8 +187,10 @@ def consumer(program, me, items):
     item, steps = yield from receive(program, 0)
     yield from program.keys.wait_full(0)
     program.keys.start_read(0, ("k", 0, 0))
+    program.queries.start_read(0, ("q", 0))
     yield
     program.keys.end_read(0, ("k", 0, 0))
+    program.queries.end_read(0, ("q", 0))
     program.keys.release(0)
     turn, use, seen = 0, 1, []
     while item >= 0:
@@ -281,4 +283,26 @@ def test_what_is_forgotten_is_found(method, message, monkeypatch):
     nothing = (lambda *_: None) if method == "release" else lambda *_: iter(())
     monkeypatch.setattr(Ring, method, nothing)
     with pytest.raises((AssertionError, TypeError), match=message):
+        many_runs()
+
+
+def test_a_scheduler_that_does_not_wait_is_found(monkeypatch):
+    waiting = scheduler
+
+    def hasty(program, items):
+        program.queries.wait_empty = lambda turn: iter(())
+        yield from waiting(program, items)
+
+    monkeypatch.setitem(globals(), "scheduler", hasty)
+    with pytest.raises(AssertionError):
+        many_runs()
+
+
+def test_items_that_are_read_unannounced_are_found(monkeypatch):
+    def hasty(program, turn):
+        yield
+        return program.work[turn % 2]
+
+    monkeypatch.setitem(globals(), "read_item", hasty)
+    with pytest.raises((AssertionError, TypeError)):
         many_runs()

@@ -88,27 +88,30 @@ def registers_of(rows: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("grown", [3, 11])  # one of either row of a thread
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize(
     ("growth", "start"),
     [
         (0.0, "first"),
         (5.0, "first"),
+        (13.5, "first"),
+        (20.0, "first"),
         (60.0, "first"),
         (2000.0, "first"),
         (0.0, "none"),
         (3, "mixed"),
     ],
 )
-def test_guarded_exponentials(columns, growth, start, is_shared):
+def test_guarded_exponentials(columns, growth, start, grown, is_shared):
     """Any m gives the same softmax, and no p is too large for fp16; m rises where it has to."""
     rng = np.random.default_rng(0)
     count, scale = columns // 2, np.float32(0.2)
     scores = rng.normal(size=(16, columns)).astype(np.float32) * 10
-    scores[3, 5] += growth / scale
+    scores[grown, 5] += growth / scale
     scores[:, 7] = -np.inf  # masked
     maximum = scores.max(1, initial=-1e30, where=np.isfinite(scores)) * scale - np.float32(1)
-    maximum = (maximum - growth * (np.arange(16) == 3)).astype(np.float32)
+    maximum = (maximum - growth * (np.arange(16) == grown)).astype(np.float32)
     if start == "none":  # rows that have seen no key
         maximum[:] = -1.0e38
     if start == "mixed":
@@ -143,7 +146,27 @@ def test_guarded_exponentials(columns, growth, start, is_shared):
     np.testing.assert_allclose(total, exact.sum(1), rtol=1e-3)
     assert p.max() <= 2**14
     assert (m >= maximum).all()
-    has_risen = growth > 14 or start != "first"
+    has_risen = growth > 13 or start != "first"
     assert (m > maximum).any() == has_risen
     seen = np.isfinite(scores).any(1)
     assert (m[seen] > -1e38).all()
+
+
+@pytest.mark.parametrize("count", [32, 64])
+def test_what_is_written_early_has_registers_of_its_own(count):
+    """An output without & may be where an input is, and so is written after all are read."""
+    lines = guarded._guarded_asm(count, guarded.LIMIT.value).splitlines()
+    constraints = guarded._guarded_constraints(count).split(",")
+    written: dict[int, int] = {}
+    read = 0
+    for at, line in enumerate(lines):
+        target, *sources = re.findall(r"\$\d+|[a-z]\w*(?=[,;])", line) or [""]
+        if target.startswith("$"):
+            written.setdefault(int(target[1:]), at)
+        inputs = [s for s in sources if s.startswith("$") and constraints[int(s[1:])] == "f"]
+        read = at if inputs else read
+    assert read > 2 * count
+    late = [at for output, at in written.items() if constraints[output] == "=f"]
+    early = [at for output, at in written.items() if constraints[output] == "=&f"]
+    assert len(late) == 2
+    assert min(late) > read > min(early)

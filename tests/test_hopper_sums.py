@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_attn.kernels.hopper.sums import Units, divide
+from entropy_attn.kernels.hopper.sums import ROWS, Units, divide
+from entropy_attn.kernels.launch import ceil_div
 
 numbers = st.integers(1, 600)
 
@@ -29,11 +30,25 @@ def test_units_cover_all_heads(kv_heads, kv_tiles, head_rows, least, lead):
         assert units.programs >= least
 
 
+@given(numbers, numbers, numbers, st.integers(0, 200), st.integers(1, 3))
+def test_shares_cover_the_rows_of_another_unit(kv_heads, kv_tiles, head_rows, least, lead):
+    """By the programs of any unit, which may be the last, smaller one: each row once."""
+    units = divide(kv_heads, kv_tiles, head_rows, least, lead)
+    sums = Sums(units, kv_heads * kv_tiles, kv_heads * head_rows)
+    for own in {0, units.count - 1}:
+        for unit in {0, units.count - 1}:
+            first = own * units.programs
+            shares = [rows(sums, first + n, unit) for n in range(sums.members(own))]
+            ends = [unit * units.rows, *[share.stop for share in shares if share]]
+            assert [share.start for share in shares if share] == ends[:-1]
+            assert ends[-1] == min((unit + 1) * units.rows, sums.all_rows)
+
+
 class Sums:
     """Which programs have cleared, added to and rounded each unit."""
 
-    def __init__(self, units: Units, programs: int) -> None:
-        self.units, self.programs = units, programs
+    def __init__(self, units: Units, programs: int, all_rows: int) -> None:
+        self.units, self.programs, self.all_rows = units, programs, all_rows
         self.cleared = [set() for _ in range(units.count)]
         self.added = [set() for _ in range(units.count)]
         self.rounded = [set() for _ in range(units.count)]
@@ -60,12 +75,21 @@ def writer(sums: Sums, program: int, steps: int, wait: bool = True):
     sums.added[unit].add(program)
 
 
+def rows(sums: Sums, program: int, unit: int) -> range:
+    """`Sums._rows` of the kernel: a program's share of another unit's rows."""
+    own = program // sums.units.programs
+    members, size = sums.members(own), sums.units.rows
+    share = ceil_div(ceil_div(size, members), ROWS.value) * ROWS.value
+    first = unit * size + (program - own * sums.units.programs) * share
+    return range(first, min(first + share, (unit + 1) * size, sums.all_rows))
+
+
 def caretaker(sums: Sums, program: int, wait: bool = True):
     unit, lead = program // sums.units.programs, sums.units.lead
     yield "starts"
     if unit + lead < sums.units.count:
         sums.cleared[unit + lead].add(program)
-    if unit >= lead:
+    if unit >= lead and rows(sums, program, unit - lead):
         while wait and not sums.has_added(unit - lead):
             yield "waits"
         assert sums.has_added(unit - lead), "rounded too early"
@@ -83,8 +107,9 @@ def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
     """Programs start in order wherever one has ended, and their warps are stepped at random."""
     rng = random.Random(seed)
     kv_tiles, kv_heads = rng.randint(1, 6), rng.randint(1, 12)
-    units = divide(kv_heads, kv_tiles, 100, rng.randint(1, 10), rng.randint(1, 3))
-    sums = Sums(units, kv_heads * kv_tiles)
+    head_rows = rng.choice((100, 1000))
+    units = divide(kv_heads, kv_tiles, head_rows, rng.randint(1, 10), rng.randint(1, 3))
+    sums = Sums(units, kv_heads * kv_tiles, kv_heads * head_rows)
     resident: dict[int, list] = {}
     started = 0
     places, idle = rng.randint(1, 24), 0
@@ -109,8 +134,9 @@ def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
     for unit in range(units.count):
         is_later, is_earlier = unit >= units.lead, unit + units.lead < units.count
         assert len(sums.cleared[unit]) == (units.programs if is_later else 0)
-        after = unit + units.lead
-        assert len(sums.rounded[unit]) == (sums.members(after) if is_earlier else 0)
+        after = (unit + units.lead) * units.programs
+        later = range(after, after + sums.members(unit + units.lead)) if is_earlier else ()
+        assert sums.rounded[unit] == {p for p in later if rows(sums, p, unit)}
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))

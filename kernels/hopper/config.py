@@ -21,8 +21,8 @@ class HopperConfig:
         ping_pong: the warpgroups take turns at the tensor cores.
         query_registers: queries are operands from registers instead of shared memory.
         pin: keep ptxas from waiting for P V before the exponentials.
-        guard: take the maximum of an item's first unmasked step for all, until a sum outgrows it;
-            not with entropies, whose sums need the larger of all scores.
+        guard: in steps without masks keep the maximum, until a sum outgrows it; without entropies
+            only.
     """
 
     block_n: int
@@ -42,7 +42,8 @@ def hopper_config(
     is_wide = head_dim > 64
     if block_size[0] < 128:
         programs, stages = (2, 2) if is_wide else (3, 3)
-        return HopperConfig(64, 1, stages, programs, ping_pong=False, guard=not is_wide)
+        guard = not is_wide and not entropies
+        return HopperConfig(64, 1, stages, programs, ping_pong=False, guard=guard)
     if entropies:
         return HopperConfig(128, 2, 2 if is_wide else 4, ping_pong=is_wide, pin=True)
     if is_wide:

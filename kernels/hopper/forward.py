@@ -11,9 +11,9 @@ memory through the copy engine, and one or two warpgroups of 64 queries each con
 step's exponentials run, the products Q K^T of the same step are done and P V of the step before is
 in flight. Two more things:
 - The running maximum may lag: it is raised, and what was summed rescaled, only when a row's scores
-  grew by more than a factor of 2^8 (as FlashAttention-4 does), or, where no entropy is asked for,
-  when a sum grew beyond 2^14: then nobody looks for maxima (`guarded`). That is
-  exact: the same power of two cancels in O and l.
+  grew by more than a factor of 2^8 (as FlashAttention-4 does), or, in steps without masks where no
+  entropy is asked for, when a sum grew beyond 2^14: then nobody looks for maxima (`guarded`). That
+  is exact: the same power of two cancels in O and l.
 - Programs are persistent and claim work items (a tile of queries each, `order.work_order`) from a
   counter. The first Q K^T of the next item runs together with the last P V of the present one. A
   scheduler warp claims an item ahead and looks up where its list ends, so that its first tiles are
@@ -63,7 +63,7 @@ from entropy_attn.kernels.hopper.producer import producer, read_item, scheduler
 from entropy_attn.kernels.hopper.row_values import rescale
 from entropy_attn.kernels.hopper.softmax import (
     first_softmax,
-    guarded,
+    for_guarded,
     guarded_softmax,
     next_softmax,
     visible,
@@ -240,7 +240,7 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
                 use += 1
                 step -= 1
         if problem.GUARD:
-            sums = guarded(sums)
+            sums = for_guarded(sums)
         while step >= 0:
             p, acc, sums = _step(
                 problem, memory, query, p, acc, sums, use, address, last, step, limits,

@@ -159,7 +159,10 @@ def _order_kernel(
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
-    """Constants of a launch that begins before the last one has ended, for which it waits."""
+    """Constants of a launch that begins before the last one has ended, for which it waits.
+
+    It lets the next one begin in the same way: that one must not touch memory before it waits.
+    """
     is_possible = architecture(device) == "sm90"
     return {"DEPENDENT": is_possible} | ({"launch_pdl": True} if is_possible else {})
 

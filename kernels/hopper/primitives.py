@@ -102,7 +102,7 @@ class Ring:
 
     @gluon.jit
     def wait_empty(self, use):
-        """Before filling a slot; the first round passes at once."""
+        """Before a slot is filled; the first round passes at once."""
         mbarrier.wait(self.empty.index(use % self.SLOTS), use // self.SLOTS & 1 ^ 1)
 
     @gluon.jit

@@ -4,7 +4,7 @@ For a row with scores s_j in base 2 and a maximum m, a step adds to e_j = 2^(s_j
 to l = sum e_j. Row and block entropy are log l - T / l, with T = sum e_j (s_j - m) for rows and
 T = sum_B e_B log2 e_B for blocks, e_B = sum over the block of e_j; when m rises by d, T becomes
 2^-d (T - d l) (see `entropy_attn.kernels.block_sparse_forward`). All that holds for any m, and so
-for one that lags behind the largest score. Without entropies steps that need no mask do not even
+for one that lags behind the largest score. Without entropies, steps that need no mask may not even
 look for it (`guarded`).
 
 Four threads share a row. Every sum is linear in parts of the row, so that each thread adds up its
@@ -103,8 +103,8 @@ def guarded_softmax(scores, sums, problem):
 
 
 @gluon.jit
-def guarded(sums):
-    """The sums for `guarded_softmax`."""
+def for_guarded(sums):
+    """The sums as `guarded_softmax` takes them."""
     maximum = of_threads(sums.maximum, sums.mass)
     return Sums(maximum, sums.mass, sums.mass, sums.mass)
 
