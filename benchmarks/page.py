@@ -210,10 +210,7 @@ def _speed(store: Store) -> Section:
     for direction in ("forward", "backward"):
         mine = [r for r in records if r.config["direction"] == direction]
         if mine:
-            draw = partial(
-                plots.bars, report.visited_speed(mine), "TFLOP/s on visited tiles", direction,
-                known=report.CONTESTANTS,
-            )  # fmt: skip
+            draw = partial(report.speed_bars, mine, direction)
             section.figures.append(Figure(svg_of(draw), f"All cases, {direction}."))
     for name, title in (
         ("attention-forward", "Forward, all contestants"),

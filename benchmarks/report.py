@@ -36,7 +36,6 @@ from entropy_attn.benchmarks.tables import (
 
 if TYPE_CHECKING:
     from entropy_attn.benchmarks import plots
-    from entropy_attn.benchmarks.plots import HeadPicture
 
 _NEWEST = ":newest"
 _MARKED = re.compile(rf"(<!-- begin:([\w-]+)({_NEWEST})? -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
@@ -400,12 +399,19 @@ CONTESTANTS = (
 HEADS_TITLE = "SmolLM2-135M on prose: the attention of four heads, and the blocks that are chosen"
 
 
-def heads(store: Store) -> list[HeadPicture]:
+def heads(store: Store) -> list[plots.HeadPicture]:
     """The pictures of the suite ``masks``, of one machine."""
     from entropy_attn.benchmarks.mask_pictures import decoded
 
     runs = [records for _, records in by_machine(full_records(store, "masks"))]
     return [decoded(r.result) for r in runs[-1]] if runs else []
+
+
+def speed_bars(records: list[Record], title: str, path: Path) -> None:
+    """The picture of `visited_speed`."""
+    from entropy_attn.benchmarks import plots
+
+    plots.bars(visited_speed(records), "TFLOP/s on visited tiles", title, path, CONTESTANTS)
 
 
 def draw(store: Store, folder: Path) -> list[Path]:
@@ -415,10 +421,8 @@ def draw(store: Store, folder: Path) -> list[Path]:
     drawn = []
     for direction in ("forward", "backward"):
         for machine, records in by_machine(full_records(store, "attention", direction=direction)):
-            groups = visited_speed(records)
             path = folder / f"attention_{direction}_{slug(machine)}.png"
-            title = f"{direction}, {machine}"
-            plots.bars(groups, "TFLOP/s on visited tiles", title, path, CONTESTANTS)
+            speed_bars(records, f"{direction}, {machine}", path)
             drawn.append(path)
     attention = dict(by_machine(full_records(store, "attention")))
     for machine, records in by_machine(full_records(store, "entropy")):

@@ -65,10 +65,11 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
                         "ping_pong": ping_pong, "query_registers": registers, "pin": pin,
                         "guard": False,
                     }  # fmt: skip
-                changes[", ".join([*words, "guard"])] = {
-                    "ping_pong": ping_pong, "query_registers": registers, "pin": False,
-                    "guard": not entropies,
-                }  # fmt: skip
+                if not entropies:
+                    changes[", ".join([*words, "guard"])] = {
+                        "ping_pong": ping_pong, "query_registers": registers, "pin": False,
+                        "guard": True,
+                    }  # fmt: skip
         for stages in (2, 3, 4):
             changes[f"{stages} stages"] = {"stages": stages}
     else:

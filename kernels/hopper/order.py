@@ -15,6 +15,8 @@ that come before it, and each program counts those of its tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -243,17 +245,30 @@ def plan_order(
     together = heads_together(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
-    return Launch(
-        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * heads),
-        (
-            *list_strides(counts, indices), heads, batch * heads, together, q_len, kv_len, tiles,
-        ),
+    return _launch(
+        list_strides(counts, indices), key.device, batch, heads, together, q_len, kv_len, tiles,
         BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None, GROUP=0,
-        TILES=TILES_A_PROGRAM, CHUNK=CHUNK,
-        **dependent(key.device), num_warps=4,
+    )  # fmt: skip
+
+
+def _launch(
+    strides: tuple[int, ...],
+    device: torch.device,
+    batch: int,
+    heads: int,
+    together: int,
+    q_len: int,
+    kv_len: int,
+    tiles: int,
+    **constants: Any,
+) -> Launch:
+    return Launch(
+        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * heads),
+        (*strides, heads, batch * heads, together, q_len, kv_len, tiles),
+        **constants, TILES=TILES_A_PROGRAM, CHUNK=CHUNK, **dependent(device), num_warps=4,
     )  # fmt: skip
 
 
@@ -282,8 +297,7 @@ def backward_order(
     launch = _plan_backward_order(
         query, key, offsets, together, block_q, is_causal, kv_lens, q_lens
     )  # fmt: skip
-    # Lists are not read.
-    launch(items, offsets, *(items if x is None else x for x in (None, kv_lens, q_lens)))
+    launch(items, offsets, None, kv_lens, q_lens)
     return items
 
 
@@ -300,15 +314,10 @@ def _plan_backward_order(
 ) -> Launch:
     batch, kv_heads, kv_len, _ = key.shape
     tiles = offsets.shape[2] - 1
-    strides = list_strides(offsets, offsets)[:3]
-    return Launch(
-        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * kv_heads),
-        (
-            *strides, 0, 0, 0,
-            kv_heads, batch * kv_heads, together, query.shape[2], kv_len, tiles,
-        ),
+    strides = *list_strides(offsets, offsets)[:3], 0, 0, 0  # no entry of a list is read
+    return _launch(
+        strides, key.device, batch, kv_heads, together, query.shape[2], kv_len, tiles,
         BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False, LISTED=True,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-        GROUP=query.shape[1] // kv_heads, TILES=TILES_A_PROGRAM, CHUNK=CHUNK,
-        **dependent(key.device), num_warps=4,
+        GROUP=query.shape[1] // kv_heads,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def visible(scores, problem, low, high, limits):
     """(64, N) scores of a step, -inf for the keys from each row's limit on."""
     lane = gl.arange(0, problem.BLOCK_N, gl.SliceLayout(0, scores.type.layout))
     keys = low + lane  # (N,)
-    if problem.BLOCK_N > problem.BLOCK_K:
+    if problem.BLOCKS > 1:
         keys = gl.where(lane < problem.BLOCK_K, keys, high + lane - problem.BLOCK_K)
     return gl.where(keys[None, :] < limits[:, None], scores, float("-inf"))
 
@@ -112,7 +112,7 @@ def for_guarded(sums):
 @gluon.jit
 def _step(scores, maximum, problem, MASKED: gl.constexpr):
     """p (64, N), and the `Sums` of one step alone."""
-    BLOCKS: gl.constexpr = problem.BLOCK_N // problem.BLOCK_K if problem.BLOCK_ENTROPY else 1
+    BLOCKS: gl.constexpr = problem.BLOCKS if problem.BLOCK_ENTROPY else 1
     exponents = scores * problem.scale_log2 - maximum[:, None]  # (64, N)
     p = exp2(exponents)
     parts = gl.sum(gl.sum(by_thread(p, BLOCKS), 4), 2)  # (64, blocks, 4)
