@@ -6,7 +6,7 @@
     python -m entropy_attn.benchmarks.variants hopper-backward --length 8192
 
 With "-entropy" the kernel computes row and block entropy as well; what is checked is its output.
-Of a backward the statistics of rows and the transposed lists are not timed.
+Of a backward the transposed lists are not timed.
 
 Every configuration is checked against the reference, then all are timed in turns. Nothing is
 stored: a default that should be another one is changed in the kernel's file and measured by the
@@ -87,20 +87,15 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
 
 
 @cache
-def _before_the_backward(inputs: Inputs) -> tuple[Tensor, Any]:
-    """The statistics of each row, and the transposed lists."""
-    from entropy_attn.kernels.backward_statistics import row_statistics
-
+def _before_the_backward(inputs: Inputs) -> tuple[Tensor, Tensor, None, Any]:
+    """Output, log-sum-exp, no gradient of that, and the transposed lists."""
     case, mask = inputs.case, inputs.mask
     with torch.no_grad():
         out, lse = block_sparse_attention(
             inputs.query, inputs.key, inputs.value, mask, is_causal=case.is_causal,
             return_lse=True, backend="triton",
         )  # fmt: skip
-        statistics = row_statistics(
-            out, inputs.grad_out, lse, *[None] * 6, mask.block_size[0], case.head_dim**-0.5
-        )
-    return statistics, column_lists(mask.kv_num_blocks, mask.kv_indices, case.num_blocks)
+    return out, lse, None, column_lists(mask.kv_num_blocks, mask.kv_indices, case.num_blocks)
 
 
 def hopper_backward(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
@@ -119,8 +114,7 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
 
     default = hopper_backward_config(inputs.case.head_dim)
     changes: dict[str, dict[str, Any]] = {
-        "dP before the exponentials": {"early": True},
-        "dP after the exponentials": {"early": False},
+        "no turns" if default.turns else "turns": {"turns": not default.turns},
         "one stage": {"stages": 1},
         "sums all cleared before and rounded after, longest of all heads first": {"unit": 1e6},
     }

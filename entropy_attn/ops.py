@@ -20,9 +20,8 @@ PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # Pairs of queries and keys of all heads, seen or not, from which on the kernels for sm_90 are
-# faster, the order of the work included. Backward it takes more where head_dim is at most 64.
-SMALL = 2**27
-SMALL_BACKWARD, SMALL_BACKWARD_NARROW = 2**27, 2**29
+# faster, the order of the work included; measured for the forward and for the backward.
+SMALL, SMALL_BACKWARD = 2**27, 2**25
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,15 +36,27 @@ def _a_list_each(lists: Tensor | None, heads: int) -> Tensor | None:
     return lists.repeat_interleave(heads // lists.shape[1], dim=1)
 
 
-def _columns(
-    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int, with_order: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """offsets and rows of `block_lists.column_lists`; order of `column_order`, where asked for."""
-    from entropy_attn.kernels.transposed_lists import is_faster_than_sort, transpose_lists
+def _is_transposed(kv_indices: Tensor | None, num_columns: int) -> bool:
+    """Whether a kernel transposes the lists, instead of a sort."""
+    from entropy_attn.kernels.transposed_lists import is_faster_than_sort
 
     # In Triton's interpreter nothing is fast.
-    if kv_indices.is_cuda and is_faster_than_sort(kv_indices, num_columns):
-        return transpose_lists(kv_num_blocks, kv_indices, num_columns, with_order)
+    if kv_indices is None or not kv_indices.is_cuda:
+        return False
+    return is_faster_than_sort(kv_indices, num_columns)
+
+
+def _columns(
+    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int, with_order: bool, fill: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """offsets and rows of `block_lists.column_lists`; order of `column_order`, where asked for.
+
+    fill: entries past the last offset are valid numbers.
+    """
+    if _is_transposed(kv_indices, num_columns):
+        from entropy_attn.kernels.transposed_lists import transpose_lists
+
+        return transpose_lists(kv_num_blocks, kv_indices, num_columns, with_order, fill)
     from entropy_attn.block_lists import column_order, column_rows
 
     offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
@@ -114,7 +125,7 @@ def backward_kernel(
         )
     if problem is not None:
         return PORTABLE_BACKWARD, f"the kernel for sm_90 cannot take the call: {problem}"
-    if _pairs(query, key) < (SMALL_BACKWARD if query.shape[3] > 64 else SMALL_BACKWARD_NARROW):
+    if _pairs(query, key) < SMALL_BACKWARD:
         return PORTABLE_BACKWARD, "the call is so small that it is not faster, but deterministic"
     return HOPPER_BACKWARD, "scores once; adds up dQ in an order that is not fixed"
 
@@ -263,29 +274,44 @@ def attention_backward(
         terms, cross = tile_gradient(query, key, lse, mass, grad_tile, *lists, *geometry, alone)
         statistics = cross if alone else None
         terms = (terms, terms)
-    columns = None
-    if kv_indices is not None:
-        num_columns = math.ceil(key.shape[2] / block_k)
-        offsets, rows, order = _columns(kv_num_blocks, kv_indices, num_columns, terms is not None)
-        columns = offsets, rows
-        if order is not None:
-            by_row = terms[0].flatten(2)
-            terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
-    if statistics is None:
-        statistics = row_statistics(
-            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale
-        )
     of_entropies = not (grad_row is None and grad_block is None and grad_tile is None)
     kernel, _ = backward_kernel(
         grad_out, query, key, value, (block_q, block_k), window, scale, entropy=of_entropies
     )
+    columns = None
+    num_columns = math.ceil(key.shape[2] / block_k)
+    if kv_indices is not None:
+        offsets, rows, order = _columns(
+            kv_num_blocks, kv_indices, num_columns, terms is not None,
+            fill=kernel == PORTABLE_BACKWARD,
+        )  # fmt: skip
+        columns = offsets, rows
+        if order is not None:
+            by_row = terms[0].flatten(2)
+            terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
+    after_lists = terms is None and _is_transposed(kv_indices, num_columns)
     if kernel == HOPPER_BACKWARD:
         from entropy_attn.kernels.hopper.backward import hopper_backward
 
         return hopper_backward(
-            grad_out, query, key, value, statistics, columns, (block_q, block_k), is_causal, scale,
-            kv_lens=kv_lens, q_lens=q_lens,
+            grad_out, query, key, value, out, lse, grad_lse, columns, (block_q, block_k), is_causal,
+            scale, kv_lens=kv_lens, q_lens=q_lens, after_lists=after_lists,
         )  # fmt: skip
+    if statistics is None:
+        statistics = row_statistics(
+            out,
+            grad_out,
+            lse,
+            grad_lse,
+            row,
+            grad_row,
+            block,
+            grad_block,
+            cross,
+            block_q,
+            scale,
+            after_lists=after_lists,
+        )
     return block_sparse_backward(
         grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
         row_entropy=grad_row is not None, block_entropy=grad_block is not None,

@@ -15,33 +15,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import LENGTHS, ceil_div, padded_head_dim
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, overlapping, padded_head_dim
 from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
     head_base,
     load_tile,
+    may_start_next,
     program_tile,
     tile_offsets,
+    wait_for_last,
 )
 
+# Entries of a program's tile of the output. What it takes is the latency of reading it, so there
+# are to be many programs at a time.
+TILE = 8192
 
-@triton.jit(do_not_specialize=LENGTHS)
+
+@triton.jit(do_not_specialize=(*LENGTHS, "clear_count"))
 def _statistics_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, row_ptr, grad_row_ptr, block_ptr,
-    grad_block_ptr, cross_ptr, statistics_ptr,
-    out_strides, grad_out_strides, heads, q_len, q_tiles, scale,
+    grad_block_ptr, cross_ptr, statistics_ptr, cleared_ptr,
+    out_strides, grad_out_strides, heads, q_len, q_tiles, scale, clear_count,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr, ROW_ENTROPY: tl.constexpr, BLOCK_ENTROPY: tl.constexpr,
-    TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr,
+    TILE_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr, NEGATIVE: tl.constexpr,
+    CLEARS: tl.constexpr, AFTER_LISTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Statistics of every row, padded to whole tiles: (B, Hq, 2 to 4, q_tiles * BLOCK_M).
 
     lse in base 2; delta; the factors of the raw scores (gR * scale) and of log2 P_iB (gB * ln 2)
     where those entropies have gradients. Rows that see no key, and those past the last one, get
     +inf and 0: their P is 0, so that the other kernels need no masks for them.
+
+    NEGATIVE: -delta instead. CLEARS: programs also fill clear_count numbers with 0, each its share.
+    AFTER_LISTS: the kernel before wrote nothing that is read here, and began when all that is read
+    was there; so this one reads first and waits before it writes.
     """
+    if not AFTER_LISTS:
+        wait_for_last(OVERLAP)
     batch, head, tile = program_tile(q_tiles, heads, False)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -68,16 +81,31 @@ def _statistics_kernel(
     if ROW_ENTROPY:
         grad_row = tl.load(grad_row_ptr + at, mask=inside, other=0.0)
         delta += grad_row * (tl.load(row_ptr + at, mask=inside, other=0.0) - lse)
-        tl.store(target + 2 * padded_len, tl.where(empty, 0.0, grad_row * scale))
     if BLOCK_ENTROPY:
         grad_block = tl.load(grad_block_ptr + at, mask=inside, other=0.0)
         delta += grad_block * tl.load(block_ptr + at, mask=inside, other=0.0)
-        grad_block = tl.where(empty, 0.0, grad_block * LN_2)
-        tl.store(target + (2 + ROW_ENTROPY) * padded_len, grad_block)
     if TILE_ENTROPY:
         delta += tl.load(cross_ptr + at, mask=inside, other=0.0)
+    if NEGATIVE:
+        delta = -delta
+
+    if AFTER_LISTS:
+        wait_for_last(OVERLAP)
+    may_start_next(OVERLAP)
     tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
     tl.store(target + padded_len, tl.where(empty, 0.0, delta))
+    if ROW_ENTROPY:
+        tl.store(target + 2 * padded_len, tl.where(empty, 0.0, grad_row * scale))
+    if BLOCK_ENTROPY:
+        grad_block = tl.where(empty, 0.0, grad_block * LN_2)
+        tl.store(target + (2 + ROW_ENTROPY) * padded_len, grad_block)
+    if CLEARS:
+        CHUNK: tl.constexpr = 1024
+        share = tl.cdiv(tl.cdiv(clear_count, tl.num_programs(0)), CHUNK) * CHUNK
+        first = tl.program_id(0).to(tl.int64) * share
+        for start in range(0, share, CHUNK):
+            place = first + start + tl.arange(0, CHUNK)
+            tl.store(cleared_ptr + place, tl.zeros([CHUNK], tl.float32), mask=place < clear_count)
 
 
 def row_statistics(
@@ -92,6 +120,10 @@ def row_statistics(
     cross: Tensor | None,
     block_q: int,
     scale: float,
+    *,
+    negative: bool = False,
+    cleared: Tensor | None = None,
+    after_lists: bool = False,
 ) -> Tensor:
     """Launch the kernel.
 
@@ -101,25 +133,32 @@ def row_statistics(
         row, block: entropies; read where they have a gradient.
         grad_lse, grad_row, grad_block: (B, Hq, Nq) fp32 of any strides, or None.
         cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
+        negative: return -delta.
+        cleared: contiguous fp32 that is filled with 0 by the way, or None.
+        after_lists: the last launch on the stream was that of `transposed_lists`.
 
     Returns:
-        (B, Hq, R, padded Nq) fp32: lse in base 2, delta, then what belongs to ``grad_row`` and
-        to ``grad_block`` if they are given.
+        (B, Hq, R, padded Nq) fp32: lse in base 2, delta or -delta, then what belongs to
+        ``grad_row`` and to ``grad_block`` if they are given.
     """
     batch, heads, q_len = lse.shape
     head_dim = 16 if grad_out is None else out.shape[3]
-    block_m = 128 if head_dim <= 128 else 64
-    padding = max(block_q, block_m)
+    padding = max(block_q, 128 if head_dim <= 128 else 64)
     padded_len = ceil_div(q_len, padding) * padding
     per_head = 2 + (grad_row is not None) + (grad_block is not None)
     statistics = lse.new_empty((batch, heads, per_head, padded_len))
     if statistics.numel() == 0:
         return statistics
-    grad_lse, grad_row, grad_block = (
-        None if grad is None else grad.contiguous() for grad in (grad_lse, grad_row, grad_block)
-    )
+    given = grad_lse, grad_row, grad_block
+    grad_lse, grad_row, grad_block = (None if x is None else x.contiguous() for x in given)
+    if any(a is not b for a, b in zip(given, (grad_lse, grad_row, grad_block), strict=True)):
+        after_lists = False  # copies came in between
     rows = (out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross)
-    _plan_statistics(*rows, head_dim, block_m, padded_len, scale)(*rows, statistics)
+    launch = _plan_statistics(
+        *rows, head_dim, padded_len, scale, negative, 0 if cleared is None else cleared.numel(),
+        after_lists,
+    )  # fmt: skip
+    launch(*rows, statistics, cleared)
     return statistics
 
 
@@ -135,17 +174,23 @@ def _plan_statistics(
     grad_block: Tensor | None,
     cross: Tensor | None,
     head_dim: int,
-    block_m: int,
     padded_len: int,
     scale: float,
+    negative: bool,
+    clear_count: int,
+    after_lists: bool,
 ) -> Launch:
     batch, heads, q_len = lse.shape
     strides = [(0,) * 4 if grad_out is None else t.stride() for t in (out, grad_out)]
+    block_d = padded_head_dim(head_dim)
+    block_m = min(128, TILE // block_d)
     tiles = padded_len // block_m
     return Launch(
-        _statistics_kernel, (tiles * batch * heads,), (*strides, heads, q_len, tiles, scale),
-        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=block_m,
+        _statistics_kernel, (tiles * batch * heads,),
+        (*strides, heads, q_len, tiles, scale, clear_count),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m,
         HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
         BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
-        HAS_OUT=grad_out is not None,
+        HAS_OUT=grad_out is not None, NEGATIVE=negative, CLEARS=clear_count > 0,
+        AFTER_LISTS=after_lists, **overlapping(lse.device),
     )  # fmt: skip

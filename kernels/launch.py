@@ -41,6 +41,15 @@ def _architecture(index: int) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """Constants of a launch that may begin before the one ahead has ended (from sm_90 on).
+
+    Its kernel has to call `primitives.wait_for_last`, and may call `primitives.may_start_next`.
+    """
+    is_possible = architecture(device) == "sm90"
+    return {"OVERLAP": is_possible} | ({"launch_pdl": True} if is_possible else {})
+
+
 @cache
 def device_limits(index: int) -> tuple[int, int]:
     """(multiprocessors, bytes of L2) of a GPU."""

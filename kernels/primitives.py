@@ -19,6 +19,20 @@ NO_SCORE = tl.constexpr(-1.0e38)
 
 
 @triton.jit
+def may_start_next(OVERLAP: tl.constexpr):
+    """With OVERLAP, let the next kernel start; it must `wait_for_last`."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(OVERLAP: tl.constexpr):
+    """With OVERLAP, wait until the kernel before has ended and what it wrote is there."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def head_base(pointer, batch, head, stride_batch, stride_head):
     """Address of one head; int64, since batch * stride passes 2^31 on large tensors."""
     return pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head

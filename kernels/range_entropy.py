@@ -21,8 +21,10 @@ from entropy_attn.kernels.launch import (
 from entropy_attn.kernels.plans import device_of
 from entropy_attn.kernels.primitives import (
     NO_SCORE,
+    may_start_next,
     online_softmax,
     row_weights,
+    wait_for_last,
     weighted_rows,
 )
 from entropy_attn.kernels.range_primitives import (
@@ -37,12 +39,10 @@ from entropy_attn.kernels.range_primitives import (
     load_point_terms,
     load_terms,
     log2_of,
-    may_start_next,
     norms_in_base_2,
     problem_of,
     products,
     step_of,
-    wait_for_last,
 )
 
 

@@ -27,8 +27,10 @@ from entropy_attn.kernels.primitives import (
     half_range_scale,
     head_base,
     inside,
+    may_start_next,
     row_weights,
     two_terms,
+    wait_for_last,
     weighted_rows,
 )
 from entropy_attn.kernels.range_primitives import (
@@ -41,13 +43,11 @@ from entropy_attn.kernels.range_primitives import (
     load_norms,
     load_point_terms,
     load_terms,
-    may_start_next,
     norms_in_base_2,
     problem_of,
     products,
     rate_of,
     surprise_of,
-    wait_for_last,
 )
 
 

@@ -360,20 +360,6 @@ def add_products(product, x, x_low, high, middle, low, TERMS: tl.constexpr, CENT
 
 
 @triton.jit
-def may_start_next(OVERLAP: tl.constexpr):
-    """With OVERLAP, let the next kernel start; it must `wait_for_last`."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_last(OVERLAP: tl.constexpr):
-    """With OVERLAP, wait until the kernel before has ended and what it wrote is there."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def log2_of(x, FAST: tl.constexpr):
     """log2 of positive normal numbers, with FAST by the special function unit: off by 2^-22."""
     if FAST:

@@ -15,13 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import adjacent_lists, ceil_div, list_strides
+from entropy_attn.kernels.launch import adjacent_lists, ceil_div, list_strides, overlapping
 from entropy_attn.kernels.plans import Launch, planned
-from entropy_attn.kernels.primitives import head_base, program_tile
+from entropy_attn.kernels.primitives import (
+    head_base,
+    may_start_next,
+    program_tile,
+    wait_for_last,
+)
 
 # Columns of a program: all bits of a word, or fewer where that would leave the GPU idle.
 COLUMNS, FEWER_COLUMNS = 32, 8
 MANY_PROGRAMS = 256
+ROWS = 128  # of a step
 # Words of 32 columns of a row that take no longer than launching a sort does.
 FEW_WORDS = 2**20
 # A program walks over all rows, twice: with more of them a sort keeps more of the GPU busy.
@@ -70,7 +76,12 @@ def _transpose_kernel(
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
     heads, num_rows, num_columns, width, entries, tiles, search_steps,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_ORDER: tl.constexpr,
+    FEW_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """FEW_ROWS: a step takes all of them, and what it found is kept for the second look."""
+    # In this order: what the next kernel reads of others is there when it begins.
+    wait_for_last(OVERLAP)
+    may_start_next(OVERLAP)
     batch, head, tile = program_tile(tiles, heads, False)
     counts = head_base(counts_ptr, batch, head, count_stride_b, count_stride_h)
     lists = head_base(indices_ptr, batch, head, index_stride_b, index_stride_h)
@@ -83,15 +94,18 @@ def _transpose_kernel(
     lane = tl.arange(0, ROWS)
     first = tile * COLUMNS
 
-    all_before = tl.zeros([ROWS], tl.int32)
-    lengths = tl.zeros([COLUMNS, ROWS], tl.int32)
-    for start in range(0, num_rows, ROWS):
-        before, members = _members(
-            counts, lists, start + lane, num_rows, count_stride_t, index_stride_t, first,
-            search_steps, COLUMNS,
-        )  # fmt: skip
-        all_before += before
-        lengths += members
+    before, members = _members(
+        counts, lists, lane, num_rows, count_stride_t, index_stride_t, first, search_steps, COLUMNS
+    )
+    all_before, lengths = before, members
+    if not FEW_ROWS:
+        for start in range(ROWS, num_rows, ROWS):
+            before, members = _members(
+                counts, lists, start + lane, num_rows, count_stride_t, index_stride_t, first,
+                search_steps, COLUMNS,
+            )  # fmt: skip
+            all_before += before
+            lengths += members
     length = tl.sum(lengths, 1).to(tl.int64)  # (C,)
     # Lists that are not ascending break the contract, but harm nobody else.
     end = tl.minimum(tl.sum(all_before.to(tl.int64), 0) + tl.cumsum(length, 0), entries)
@@ -103,10 +117,11 @@ def _transpose_kernel(
     place = end - length  # (C,) where the next row goes
     for start in range(0, num_rows, ROWS):
         rows = start + lane
-        before, members = _members(
-            counts, lists, rows, num_rows, count_stride_t, index_stride_t, first,
-            search_steps, COLUMNS,
-        )  # fmt: skip
+        if not FEW_ROWS:
+            before, members = _members(
+                counts, lists, rows, num_rows, count_stride_t, index_stride_t, first,
+                search_steps, COLUMNS,
+            )  # fmt: skip
         places = place[:, None] + tl.cumsum(members, 1) - 1  # (C, R)
         kept = (members > 0) & (places >= 0) & (places < entries)
         tl.store(targets + places, tl.broadcast_to(rows[None, :], (COLUMNS, ROWS)), mask=kept)
@@ -130,7 +145,7 @@ def is_faster_than_sort(indices: Tensor, num_columns: int) -> bool:
 
 
 def transpose_lists(
-    counts: Tensor, indices: Tensor, num_columns: int, with_order: bool
+    counts: Tensor, indices: Tensor, num_columns: int, with_order: bool, fill: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the kernel.
 
@@ -138,23 +153,25 @@ def transpose_lists(
         counts: (B, H, Mq) int32. indices: (B, H, Mq, W) int32. Of any strides.
         num_columns: Mk.
         with_order: whether to return the last result.
+        fill: entries past the last offset are 0; else they are not written.
 
     Returns:
         offsets (B, H, Mk + 1) int32 (int64 where B·H·Mq·W needs it) and rows (B, H, Mq·W) int32:
         key block ``c`` is visited by the query blocks ``rows[..., offsets[c]:offsets[c + 1]]``,
-        ascending; rows past ``offsets[Mk]`` are 0. order (B, H, Mq·W) int64, or None: the entry
-        ``m · W + slot`` that each row ``m`` comes from, and 0.
+        ascending; with ``fill`` rows past ``offsets[Mk]`` are 0. order (B, H, Mq·W) int64, or None:
+        the entry ``m · W + slot`` that each row ``m`` comes from, and 0.
     """
     batch, heads, num_rows, width = indices.shape
     entries = num_rows * width
     fits = indices.numel() <= torch.iinfo(torch.int32).max
     offset_type = torch.int32 if fits else torch.int64
     offsets = indices.new_empty((batch, heads, num_columns + 1), dtype=offset_type)
-    # What is left of them belongs to no column, but is read, and must be valid.
-    rows = indices.new_zeros((batch, heads, entries))
+    # What is left of them belongs to no column, but some kernels read it, and it must be valid.
+    make = indices.new_zeros if fill else indices.new_empty
+    rows = make((batch, heads, entries))
     order = torch.zeros_like(rows, dtype=torch.int64) if with_order else None
     if indices.numel() == 0 or num_columns == 0:
-        return offsets.zero_(), rows, order
+        return offsets.zero_(), rows.zero_(), order
     counts, indices = adjacent_lists(counts, indices)
     launch = _plan_transposition(counts, indices, num_columns, offset_type, with_order)
     launch(counts, indices, offsets, rows, order)
@@ -175,5 +192,6 @@ def _plan_transposition(
             *list_strides(counts, indices), heads, num_rows, num_columns, width, num_rows * width,
             tiles, width.bit_length(),
         ),
-        COLUMNS=columns, ROWS=128, HAS_ORDER=with_order, num_warps=4,
+        COLUMNS=columns, ROWS=ROWS, HAS_ORDER=with_order, FEW_ROWS=num_rows <= ROWS,
+        **overlapping(counts.device), num_warps=4,
     )  # fmt: skip

@@ -218,7 +218,7 @@ class BackwardForHopper:
             columns = column_lists(mask.kv_num_blocks, mask.kv_indices, -(-self.kv_len // 128))
         lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         backward.hopper_backward(
-            query, query, key, key, torch.zeros(1, 4, 2, 1024), columns, (128, 128),
+            query, query, key, key, query, torch.zeros(1, 4, 1024), None, columns, (128, 128),
             self.is_causal, self.head_dim**-0.5, kv_lens=lens, q_lens=lens,
         )  # fmt: skip
 

@@ -143,7 +143,7 @@ def check(problem: Problem, backend: str, repeats: int) -> list[str]:
     """What is wrong in any of some launches of a problem."""
     poison_memory()
     rng = random.Random(problem.seed)
-    ops.SMALL = ops.SMALL_BACKWARD = ops.SMALL_BACKWARD_NARROW = 0
+    ops.SMALL = ops.SMALL_BACKWARD = 0
     if DEVICE == "cuda" and architecture(torch.device(DEVICE)) == "sm90" and other_gluon() is None:
         from entropy_attn.kernels.hopper import backward
 

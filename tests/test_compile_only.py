@@ -30,7 +30,7 @@ KERNELS = {
     "statistics_kernel", "tile_gradient_kernel", "tile_mass_kernel", "transpose_kernel",
 }  # fmt: skip
 # Of one architecture alone.
-OWN = {"sm90": {"order_kernel", "backward_kernel"}}
+OWN = {"sm90": {"order_kernel", "backward_kernel", "round_kernel"}}
 
 
 def jit_functions() -> set[str]:
@@ -77,7 +77,7 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
             if each["case"].startswith(("Hopper", "backward")):
                 spills[each["kernel"]].append(each["spills"])
         assert max(spills["forward_kernel"]) <= 64
-        assert max(spills["backward_kernel"]) <= 256  # more while descriptors were hoisted
+        assert max(spills["backward_kernel"]) <= 288  # more while descriptors were hoisted
     limit = SHARED_MEMORY[arch]
     too_large = [
         f"{each['case']}: {each['kernel']} {each['config']} {each['shared'] / KIB:.1f} KiB"

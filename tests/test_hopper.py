@@ -111,9 +111,10 @@ def test_backward_order(batch, kv_heads, group, together, has_lens, is_causal, i
     mask = ea.BlockMask.from_dense(blocks, 128, q_len, kv_len)
     query = torch.zeros(batch, heads, q_len, 64, dtype=torch.bfloat16, device=device)
     key = torch.zeros(batch, kv_heads, kv_len, 64, dtype=torch.bfloat16, device=device)
-    offsets, _ = column_lists(mask.kv_num_blocks, mask.kv_indices, blocks.shape[-1])
+    offsets, rows = column_lists(mask.kv_num_blocks, mask.kv_indices, blocks.shape[-1])
     lens = some_lengths(batch, q_len, kv_len, device) if has_lens else {}
-    items = backward_order(query, key, offsets, together, 128, is_causal, **lens)[:-1, 0].tolist()
+    table = backward_order(query, key, offsets, rows, together, 128, is_causal, **lens)[:-1]
+    items = table[:, 0].tolist()
 
     # Of a column as many blocks count as there are that see its first key.
     visible = dense.visible_pairs(batch, q_len, kv_len, is_causal=is_causal, device=device, **lens)
@@ -123,6 +124,13 @@ def test_backward_order(batch, kv_heads, group, together, has_lens, is_causal, i
     columns = torch.minimum(blocks.expand(batch, heads, -1, -1).sum(2), most)
     lengths = columns.unflatten(1, (kv_heads, group)).sum(2).flatten().tolist()
     assert sorted(items) == list(range(len(lengths)))
+    all_offsets = offsets.expand(batch, heads, -1)[:, ::group].flatten(0, 1)
+    all_rows = rows.expand(batch, heads, -1)[:, ::group].flatten(0, 1)
+    for item, *column in table.tolist():
+        head, tile = divmod(item, blocks.shape[-1])
+        begin, end = all_offsets[head, tile : tile + 2].tolist()
+        assert column[:2] == [begin, end - begin]
+        assert begin == end or column[2] == all_rows[head, begin]
     groups = [item // blocks.shape[-1] // together for item in items]
     assert groups == sorted(groups)
     for _, members in groupby(items, lambda item: item // blocks.shape[-1] // together):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_attn.kernels.hopper.sums import ROWS, Units, divide
+from entropy_attn.kernels.backward_statistics import row_statistics
+from entropy_attn.kernels.hopper.sums import ROWS, Units, allocate, divide, round_last
 from entropy_attn.kernels.launch import ceil_div
 
 numbers = st.integers(1, 600)
@@ -161,3 +163,39 @@ def many_runs(**forgotten):
 def test_what_is_forgotten_is_found(forgotten, message):
     with pytest.raises(AssertionError, match=message):
         many_runs(**forgotten)
+
+
+@pytest.mark.parametrize(("heads", "length", "head_dim"), [(1, 100, 80), (7, 70, 64), (29, 33, 16)])
+def test_last_units_are_rounded(heads, length, head_dim, device):
+    """Those, all of them, and no other; the last unit is smaller than the others."""
+    query = torch.zeros(1, heads, length, head_dim, dtype=torch.bfloat16, device=device)
+    units = divide(heads, 3, length, 6, 2)
+    sums, counters, _ = allocate(query, units)
+    sums.copy_(torch.randn(sums.shape))
+    counters[: units.count] = 0
+    counters[units.count :] = units.programs
+    counters[2 * units.count - 1] = 3 * heads - (units.count - 1) * units.programs
+    out = torch.full_like(query, float("nan"))
+    round_last(sums, counters, out, units, 3 * heads)
+    first = (units.count - units.lead) * units.rows
+    found = out.view(-1, head_dim)
+    assert found[:first].isnan().all()
+    # Triton's interpreter cuts bits off instead of rounding.
+    expected = sums.view(-1, head_dim)[first:].bfloat16()
+    torch.testing.assert_close(found[first:], expected, atol=0, rtol=2**-7)
+
+
+def test_statistics_clear_what_they_are_given(device):
+    """And leave what follows; -delta is what it says."""
+    out, grad = torch.randn(2, 1, 3, 200, 64, dtype=torch.bfloat16, device=device)
+    lse, grad_lse = torch.randn(2, 1, 3, 200, device=device)
+    memory = torch.full((10_007,), float("nan"), device=device)
+    rows = (out, grad, lse, grad_lse, *[None] * 5, 128, 0.125)
+    statistics = row_statistics(*rows, negative=True, cleared=memory[:9_001])
+    assert not memory[:9_001].any()
+    assert memory[9_001:].isnan().all()
+    expected = row_statistics(*rows)
+    assert torch.equal(statistics[:, :, 0], expected[:, :, 0])
+    assert torch.equal(statistics[:, :, 1], -expected[:, :, 1])
+    delta = (out.float() * grad.float()).sum(-1) - grad_lse
+    torch.testing.assert_close(expected[:, :, 1, :200], delta)

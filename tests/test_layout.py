@@ -54,6 +54,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "entropy_attn.kernels.plans": (),
     "entropy_attn.kernels.prefill": ("entropy_attn.kernels",),
     "entropy_attn.kernels.hopper": (*HELPERS, "entropy_attn.kernels.hopper"),
+    "entropy_attn.kernels.hopper.backward": (
+        *HELPERS,
+        "entropy_attn.kernels.hopper",
+        "entropy_attn.kernels.backward_statistics",
+    ),
     "entropy_attn.kernels.hopper.primitives": (),
     "entropy_attn.reference": PLAIN,
     "entropy_attn.errors": (),

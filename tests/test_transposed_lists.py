@@ -81,6 +81,19 @@ def test_without_order(device):
     assert all(map(torch.equal, found, expected))
 
 
+def test_without_what_is_past_the_last_offset(device):
+    blocks = torch.rand(1, 2, 3, 7, device=device) < 0.5
+    mask = BlockMask.from_dense(blocks, 16, 48, 112)
+    lists = mask.kv_num_blocks, mask.kv_indices, 7
+    offsets, expected, _ = transpose_lists(*lists, False)
+    again, rows, _ = transpose_lists(*lists, False, fill=False)
+    assert torch.equal(again, offsets)
+    used = torch.arange(rows.shape[-1], device=device) < offsets[..., -1:]
+    assert used.any()
+    assert not used.all()
+    assert torch.equal(rows[used], expected[used])
+
+
 @pytest.mark.parametrize(
     ("shape", "columns"),
     [((0, 2, 3, 4), 5), ((1, 2, 0, 4), 5), ((1, 2, 3, 0), 5), ((1, 2, 3, 4), 0)],

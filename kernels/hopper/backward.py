@@ -14,19 +14,17 @@ operands in the registers where they are. Of lists, the longest columns of a few
 dQ is the sum of the programs' parts: dS goes through shared memory, as each warpgroup needs both
 halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
 fp32 sums in memory (as in FlashAttention-3, Shah et al., arXiv 2407.08608). The order of these
-additions is not fixed. dQ of a step is computed in the step after, so that a warpgroup does not
-wait for what the other does at the same time. Two more warps clear and round the sums of other
-heads meanwhile (`sums`).
+additions is not fixed. dQ of a step is computed at the end of the step after, so that a warpgroup
+does not wait for what the other does at the same time. Two more warps clear and round the sums of
+other heads meanwhile (`sums`).
 
 Memory and barriers. `Ring` is described in `primitives`. For dS a slot is filled by both
 warpgroups, each its half, and read by both:
-    step s:  S(s) | dQ(s - 1) from slot s of dS | P, dV(s), dP(s), dS into slot s + 1 | dK(s)
-Slot 0 counts as full at the start, with anything in it: the writer drops what comes of it. Nobody
-has to say that a slot is free: once slot s is full, in step s, the other warpgroup has read slot
-s - 1, in step s - 1, and that is the one which step s fills.
+    step s:  S(s) | dP(s) | P, dV(s) | dS into slot s + 1 | dQ(s - 1) from slot s, dK(s)
+Slot 0 counts as full at the start, with anything in it: the writer drops what comes of it. A slot
+is free for dS once both warpgroups have released the queries of the step before, in which they read
+it.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,8 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
 
+from entropy_attn.kernels.backward_statistics import row_statistics
 from entropy_attn.kernels.hopper import forward
 from entropy_attn.kernels.hopper.columns import (
     BLOCK_N,
@@ -50,17 +48,29 @@ from entropy_attn.kernels.hopper.columns import (
     Buffers,
     Columns,
 )
-from entropy_attn.kernels.hopper.config import REGISTERS
+from entropy_attn.kernels.hopper.config import (
+    REGISTERS,
+    HopperBackwardConfig,
+    hopper_backward_config,
+)
 from entropy_attn.kernels.hopper.forward import descriptor
 from entropy_attn.kernels.hopper.order import backward_order
-from entropy_attn.kernels.hopper.primitives import barriers, exp2, operand, ring, valid_ends
+from entropy_attn.kernels.hopper.primitives import (
+    barriers,
+    exp2,
+    operand,
+    pass_turn,
+    ring,
+    take_turn,
+    valid_ends,
+)
 from entropy_attn.kernels.hopper.sums import (
     WARPS,
     Sums,
     Units,
     add_to_global,
+    allocate,
     divide,
-    partly_cleared,
     round_last,
 )
 from entropy_attn.kernels.launch import (
@@ -73,6 +83,7 @@ from entropy_attn.kernels.launch import (
     list_strides,
 )
 from entropy_attn.kernels.plans import Launch, planned
+from entropy_attn.kernels.primitives import may_start_next, wait_for_last
 
 # Of the division of work, which follows from lengths.
 UNITS = "units", "lead", "programs", "unit_rows", "all_rows"
@@ -104,7 +115,7 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
 
 @gluon.jit
 def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc):
-    batch, kv_head, key_start = columns.place()
+    batch, kv_head, key_start, begin, count, first_row = columns.place()
     q_end, kv_end = valid_ends(columns, batch)
     buffers.keys.fetch(0, key_desc, batch, kv_head, key_start, key_start + KEYS)
     buffers.values.fetch(0, value_desc, batch, kv_head, key_start, key_start + KEYS)
@@ -113,9 +124,9 @@ def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, row
     while member < columns.GROUP:
         head = kv_head * columns.GROUP + member
         row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
-        pointer, count = columns.column(batch, head, key_start)
+        pointer = columns.pointer(batch, head, begin)
         step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
-        start = columns.start(pointer, step, last)
+        start = columns.first_start(pointer, step, last, first_row)
         while step < last:
             next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
             _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row)
@@ -123,6 +134,7 @@ def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, row
             step += 1
             start = next_start
         member += 1
+        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
 
 
 # Consumers
@@ -189,15 +201,15 @@ def _step(
 
     buffers.queries.wait_full(use)
     query = buffers.queries.tile(use)  # (M, D)
-    scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    query_part = _query_product(columns, buffers, use, WARPGROUP)
-    scores, query_part = warpgroup_mma_wait(0, deps=(scores, query_part))  # (64, M)
-    _hand_over(columns, buffers, query_part, use, WARPGROUP)
     grad = buffers.queries.tile(use, 1)  # (M, D)
-    delta = _row_values(buffers, use, row_layout, 1)  # (M,)
-    grad_p = zeros - delta[None, :]  # the product is added to it
-    if columns.EARLY:
-        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
+    if columns.TURNS:
+        take_turn(WARPGROUP)
+    scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))  # (64, M)
+    grad_p = zeros + _row_values(buffers, use, row_layout, 1)[None, :]  # -delta
+    grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
+    if columns.TURNS:
+        pass_turn(WARPGROUP)
     lse = _row_values(buffers, use, row_layout, 0)  # (M,)
     if MASKED:
         # The first query of the step that sees each key.
@@ -212,19 +224,22 @@ def _step(
     p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
 
     grad_value = warpgroup_mma(operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
-    if columns.EARLY:
-        grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
-    else:
-        grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
-        grad_p, grad_value = warpgroup_mma_wait(0, deps=(grad_p, grad_value))  # (64, M)
+    grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
     grad_scores = operand(p * grad_p, grad_key, DTYPE)  # (64, M)
 
+    # Both warpgroups have ended the step before, in which they read the slot.
+    buffers.queries.wait_empty(use - 1 + buffers.queries.SLOTS)
     slot = (use + 1) % 2
     buffers.scores.index(slot * 2 + WARPGROUP).store(gl.convert_layout(grad_scores, layout))
+    # The fence takes as long as a product; were this one ahead of the store, dS would have to wait
+    # in more registers.
+    query_part = _query_product(columns, buffers, use, WARPGROUP)
     fence_async_shared()
     mbarrier.arrive(buffers.scores_full.index(slot), count=1)
     grad_key = warpgroup_mma(grad_scores, query, grad_key, is_async=True)
-    grad_key, grad_value = warpgroup_mma_wait(0, deps=(grad_key, grad_value))
+    query_part, grad_value = warpgroup_mma_wait(1, deps=(query_part, grad_value))
+    _hand_over(columns, buffers, query_part, use, WARPGROUP)
+    grad_key = warpgroup_mma_wait(0, deps=(grad_key,))
     buffers.queries.release(use)
     return grad_key, grad_value
 
@@ -245,17 +260,20 @@ def _store(buffers, descriptor, grad, batch, head, start, WARPGROUP: gl.constexp
 def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.constexpr):
     BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    batch, kv_head, key_start = columns.place()
+    batch, kv_head, key_start, begin, count, _ = columns.place()
     q_end, kv_end = valid_ends(columns, batch)
     grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     mbarrier.arrive(buffers.scores_full.index(0), count=1)
+    if columns.TURNS and WARPGROUP == 1:
+        pass_turn(1)  # the first turn is the other's
     buffers.keys.wait_full(0)
     buffers.values.wait_full(0)
     use = 0
     member = 0
     while member < columns.GROUP:
-        pointer, count = columns.column(batch, kv_head * columns.GROUP + member, key_start)
+        head = kv_head * columns.GROUP + member
+        pointer = columns.pointer(batch, head, begin)
         step, clear, last = columns.steps(pointer, count, key_start, q_end, kv_end)
         if columns.IS_CAUSAL or columns.MAY_CUT:
             start = columns.start(pointer, step, last)
@@ -276,12 +294,18 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             use += 1
             step += 1
         member += 1
-    query_part = _query_product(columns, buffers, use, WARPGROUP)
+        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
     start = key_start + WARPGROUP * KEYS
-    _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
+    if columns.TURNS and WARPGROUP == 0:  # the other one is half a step behind
+        _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
+        _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
+    query_part = _query_product(columns, buffers, use, WARPGROUP)
+    if not (columns.TURNS and WARPGROUP == 0):
+        _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
     query_part = warpgroup_mma_wait(0, deps=(query_part,))
     _hand_over(columns, buffers, query_part, use, WARPGROUP)
-    _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
+    if not (columns.TURNS and WARPGROUP == 0):
+        _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
     tma.store_wait(0)
 
 
@@ -291,7 +315,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 @gluon.jit
 def _writer(columns, buffers, sums, sum_desc):
     """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
-    batch, kv_head, key_start = columns.place()
+    batch, kv_head, key_start, begin, count, _ = columns.place()
     q_end, kv_end = valid_ends(columns, batch)
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
@@ -300,7 +324,7 @@ def _writer(columns, buffers, sums, sum_desc):
     member = 0
     while member < columns.GROUP:
         head = kv_head * columns.GROUP + member
-        pointer, count = columns.column(batch, head, key_start)
+        pointer = columns.pointer(batch, head, begin)
         step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
         while step < last:
             row = columns.start(pointer, step, last)
@@ -316,6 +340,7 @@ def _writer(columns, buffers, sums, sum_desc):
             use += 1
             step += 1
         member += 1
+        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
     sums.tell_added()
 
 
@@ -338,7 +363,7 @@ def _backward_kernel(
     units, lead, programs, unit_rows, all_rows,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr,
-    LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, EARLY: gl.constexpr,
+    LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, TURNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # Each warpgroup takes one half of dQ: of its rows, or of its columns.
@@ -347,7 +372,7 @@ def _backward_kernel(
         order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
         count_stride_b, count_stride_h, index_stride_b, index_stride_h,
         kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP, BLOCK_M, BLOCK_Q,
-        IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
+        IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, TURNS,
     )  # fmt: skip
     sums = Sums(
         sums_ptr, grad_query_ptr, counters_ptr, units, lead, programs, unit_rows, all_rows,
@@ -382,7 +407,8 @@ def _backward_kernel(
         old_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
         barriers(2, 1),
     )
-    gdc_wait()  # for the order and the sums
+    wait_for_last(True)  # for the order, the statistics and the sums
+    may_start_next(True)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     produce = columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc
@@ -400,30 +426,6 @@ def _backward_kernel(
 
 
 # Launcher
-
-
-@dataclass(frozen=True)
-class HopperBackwardConfig:
-    """How the kernel is built.
-
-    Attributes:
-        block_m: queries a step: 64 for head_dim over 64, else 128.
-        stages: slots of the ring of queries and their gradients.
-        early: dP is started before the exponentials, not after them.
-        unit: programs a multiprocessor, at least, that open and close sums together; see `sums`.
-        lead: units between one that is added to and one that is cleared or rounded.
-    """
-
-    block_m: int
-    stages: int
-    early: bool = True
-    unit: float = 0.5
-    lead: int = 2
-
-
-def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
-    """The default."""
-    return HopperBackwardConfig(64, 2) if head_dim > 64 else HopperBackwardConfig(128, 2)
 
 
 def _row_descriptor(statistics: Tensor, length: int) -> TensorDescriptor:
@@ -468,7 +470,9 @@ def hopper_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    statistics: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
     columns: tuple[Tensor, Tensor] | None,
     block_size: tuple[int, int],
     is_causal: bool,
@@ -477,13 +481,16 @@ def hopper_backward(
     *,
     kv_lens: Tensor | None = None,
     q_lens: Tensor | None = None,
+    after_lists: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel, for calls that `unsupported` has nothing against.
+    """Launch the kernel and what it needs, for calls that `unsupported` has nothing against.
 
     Args:
-        statistics: (B, Hq, 2, padded Nq) fp32 of `kernels/backward_statistics.py`.
-        columns: the transposed lists in CSR form, as `block_sparse_backward` takes them.
+        out, lse, grad_lse: as `backward_statistics.row_statistics` takes them.
+        columns: the transposed lists in CSR form, as `block_sparse_backward` takes them; entries
+            past the last offset are not read.
         kv_lens, q_lens: (B,) int32 valid lengths, or None.
+        after_lists: see `row_statistics`.
 
     Returns:
         dQ, dK, dV, contiguous, in the dtype of the inputs.
@@ -501,12 +508,16 @@ def hopper_backward(
         query.shape[1] // key.shape[1] * query.shape[2],
         int(config.unit * multiprocessors), config.lead,
     )  # fmt: skip
-    sums, counters = partly_cleared(query, units)
+    sums, counters, cleared = allocate(query, units)
     order = None
     if offsets is not None:
         order = backward_order(
-            query, key, offsets, units.heads, block_size[0], is_causal, kv_lens, q_lens
+            query, key, offsets, rows, units.heads, block_size[0], is_causal, kv_lens, q_lens
         )
+    statistics = row_statistics(
+        out, grad_out, lse, grad_lse, *[None] * 5, block_size[0], scale,
+        negative=True, cleared=cleared, after_lists=after_lists,
+    )  # fmt: skip
     tensors = (
         query, key, value, grad_out, statistics, sums, grad_key, grad_value,
         sums, sums, grad_query, counters,
@@ -516,7 +527,8 @@ def hopper_backward(
         *tensors[:8], *integers, units, block_size[0], is_causal, scale, config
     )  # fmt: skip
     launch(*tensors, *(counters if x is None else x for x in integers))
-    round_last(sums, grad_query, units)
+    programs = ceil_div(key.shape[2], BLOCK_N.value) * key.shape[0] * key.shape[1]
+    round_last(sums, counters, grad_query, units, programs)
     return grad_query, grad_key, grad_value
 
 
@@ -567,7 +579,7 @@ def _plan_backward(
         MAY_CUT=kv_lens is not None or kv_len % BLOCK_N.value != 0,
         LISTED=rows is not None,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-        EARLY=config.early,
+        TURNS=config.turns,
         CONSUMER_REGISTERS=registers[0], PRODUCER_REGISTERS=registers[1],
         launch_pdl=True, num_warps=4,
     )  # fmt: skip

@@ -40,13 +40,13 @@ class Columns:
     LISTED: gl.constexpr
     HAS_KV_LENS: gl.constexpr
     HAS_Q_LENS: gl.constexpr
-    EARLY: gl.constexpr
+    TURNS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, order, offsets, rows, kv_lens, q_lens, offset_stride_b, offset_stride_h,
         row_stride_b, row_stride_h, kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale, GROUP,
-        BLOCK_M, BLOCK_Q, IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, EARLY,
+        BLOCK_M, BLOCK_Q, IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, TURNS,
     ):  # fmt: skip
         self.order = order
         self.offsets = offsets
@@ -71,30 +71,49 @@ class Columns:
         self.LISTED = gl.constexpr(LISTED)
         self.HAS_KV_LENS = gl.constexpr(HAS_KV_LENS)
         self.HAS_Q_LENS = gl.constexpr(HAS_Q_LENS)
-        self.EARLY = gl.constexpr(EARLY)
+        self.TURNS = gl.constexpr(TURNS)
 
     @gluon.jit
     def place(self):
-        """(batch, head of keys, first key) of the program."""
+        """Where the program works.
+
+        Returns:
+            batch, head of keys, first key; of the column in the group's first query head: where it
+            begins in the rows, how many there are, the first one. All of it is read at once.
+        """
         item = gl.program_id(0)
+        begin = 0
+        first_row = 0
+        count = (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q
         if self.LISTED:
-            item = gl.load(self.order + item * 4)
+            row = self.order + item * 4
+            item = gl.load(row)
+            begin = gl.load(row + 1)
+            count = gl.load(row + 2)
+            first_row = gl.load(row + 3)
         head = item // self.kv_tiles
-        return head // self.kv_heads, head % self.kv_heads, item % self.kv_tiles * BLOCK_N
+        key_start = item % self.kv_tiles * BLOCK_N
+        return head // self.kv_heads, head % self.kv_heads, key_start, begin, count, first_row
 
     @gluon.jit
-    def column(self, batch, head, key_start):
-        """(pointer, count) of the query blocks that see the program's keys."""
-        count = (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q
-        pointer = self.rows
-        if self.LISTED:
+    def next_column(self, batch, head, key_start, member, begin, count):
+        """(begin, count) in query head ``head``, which is that ``member`` of the group."""
+        if self.LISTED and self.GROUP > 1:
             base = self.offsets + batch.to(gl.int64) * self.offset_stride_b
             base += head.to(gl.int64) * self.offset_stride_h + key_start // BLOCK_N
-            begin = gl.load(base)
-            count = (gl.load(base + 1) - begin).to(gl.int32)
+            begin = gl.load(base, mask=member < self.GROUP, other=0)
+            count = (gl.load(base + 1, mask=member < self.GROUP, other=0) - begin).to(gl.int32)
+            begin = begin.to(gl.int32)
+        return begin, count
+
+    @gluon.jit
+    def pointer(self, batch, head, begin):
+        """To the query blocks of a column."""
+        pointer = self.rows
+        if self.LISTED:
             pointer += batch.to(gl.int64) * self.row_stride_b
             pointer += head.to(gl.int64) * self.row_stride_h + begin
-        return pointer, count
+        return pointer
 
     @gluon.jit
     def below(self, pointer, count, limit):
@@ -140,6 +159,14 @@ class Columns:
         if self.LISTED:
             block = gl.load(pointer + block, mask=step < last, other=0)
         return gl.where(step < last, block * self.BLOCK_Q + step % STEPS * self.BLOCK_M, self.q_len)
+
+    @gluon.jit
+    def first_start(self, pointer, step, last, first_row):
+        """`start` of a column's first step; in most calls no list has to be read for that."""
+        start = self.start(pointer, step, last)
+        if self.LISTED and not self.IS_CAUSAL and self.GROUP == 1:
+            start = gl.where(step < last, first_row * self.BLOCK_Q, self.q_len)
+        return start
 
 
 @aggregate

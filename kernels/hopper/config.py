@@ -1,4 +1,4 @@
-"""How the forward kernel for sm_90 is built, and what was measured to be best."""
+"""How the kernels for sm_90 are built, and what was measured to be best."""
 
 from __future__ import annotations
 
@@ -49,3 +49,29 @@ def hopper_config(
     if is_wide:
         return HopperConfig(128, 2, 2, guard=True)
     return HopperConfig(128, 2, 3, query_registers=True, guard=True)
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """How the backward kernel is built.
+
+    Attributes:
+        block_m: queries a step: 64 for head_dim over 64, else 128.
+        stages: slots of the ring of queries and their gradients.
+        turns: the warpgroups take turns at starting scores and dP.
+        unit: programs a multiprocessor, at least, that open and close sums together; see `sums`.
+        lead: units between one that is added to and one that is cleared or rounded.
+    """
+
+    block_m: int
+    stages: int
+    turns: bool
+    unit: float = 0.5
+    lead: int = 2
+
+
+def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
+    """The default."""
+    if head_dim > 64:
+        return HopperBackwardConfig(64, 2, turns=False)
+    return HopperBackwardConfig(128, 2, turns=True)

@@ -21,11 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from entropy_attn.kernels.launch import LENGTHS, architecture, ceil_div, list_strides
+from entropy_attn.kernels.launch import LENGTHS, ceil_div, list_strides, overlapping
 from entropy_attn.kernels.plans import Launch, planned
-from entropy_attn.kernels.primitives import head_base, valid_length
+from entropy_attn.kernels.primitives import (
+    head_base,
+    may_start_next,
+    valid_length,
+    wait_for_last,
+)
 
 # That are compared with each other, unless one head has more.
 MOST_ITEMS = 16384
@@ -92,11 +96,10 @@ def _order_kernel(
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
     HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
+    TILES: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if DEPENDENT:
-        gdc_launch_dependents()  # the next launch may begin, and wait for this one's end
-        gdc_wait()
+    may_start_next(OVERLAP)  # which touches no memory before it has waited
+    wait_for_last(OVERLAP)
     count_strides = count_stride_b, count_stride_h, count_stride_t
     batch_head = tl.program_id(1)  # counts over all heads of all batch rows
     batch, head = batch_head // heads, batch_head % heads
@@ -112,6 +115,11 @@ def _order_kernel(
     # The blocks of a list that are visited at all, and those that need no mask.
     last = length
     full = length
+    if GROUP > 0:  # where the column of the first query head begins, and its entries
+        column = batch * count_strides[0] + head * GROUP * count_strides[1] + tiles
+        begin = tl.load(counts_ptr + column, mask=valid, other=0)
+        last = begin.to(tl.int32)
+        full = (tl.load(counts_ptr + column + 1, mask=valid, other=0) - begin).to(tl.int32)
     if (IS_CAUSAL or MAY_CUT) and GROUP == 0:
         clear = tl.zeros_like(tiles) + kv_end // BLOCK_K
         if IS_CAUSAL:
@@ -156,17 +164,11 @@ def _order_kernel(
     tl.store(rows, batch_head * q_tiles + tiles, mask=valid)
     tl.store(rows + 1, last, mask=valid)
     tl.store(rows + 2, full, mask=valid)
+    if GROUP > 0:
+        lists = head_base(indices_ptr, batch, head * GROUP, index_stride_b, index_stride_h)
+        tl.store(rows + 3, tl.load(lists + begin, mask=valid & (full > 0), other=0), mask=valid)
     if (batch_head == 0) & (tl.program_id(0) == 0):
         tl.store(items_ptr + total_heads * q_tiles * ITEM_FIELDS, 0)  # nothing is claimed yet
-
-
-def dependent(device: torch.device) -> dict[str, bool]:
-    """Constants of a launch that begins before the last one has ended, for which it waits.
-
-    It lets the next one begin in the same way: that one must not touch memory before it waits.
-    """
-    is_possible = architecture(device) == "sm90"
-    return {"DEPENDENT": is_possible} | ({"launch_pdl": True} if is_possible else {})
 
 
 def heads_together(
@@ -268,7 +270,7 @@ def _launch(
     return Launch(
         _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * heads),
         (*strides, heads, batch * heads, together, q_len, kv_len, tiles),
-        **constants, TILES=TILES_A_PROGRAM, CHUNK=CHUNK, **dependent(device), num_warps=4,
+        **constants, TILES=TILES_A_PROGRAM, CHUNK=CHUNK, **overlapping(device), num_warps=4,
     )  # fmt: skip
 
 
@@ -276,6 +278,7 @@ def backward_order(
     query: Tensor,
     key: Tensor,
     offsets: Tensor,
+    rows: Tensor,
     together: int,
     block_q: int,
     is_causal: bool,
@@ -285,19 +288,20 @@ def backward_order(
     """The order of the backward, whose items are blocks of 128 keys.
 
     Args:
-        offsets: (B|1, H|1, Mk + 1) of the transposed lists, entries adjacent.
+        offsets, rows: of the transposed lists, (B|1, H|1, Mk + 1) and (B|1, H|1, Mq * W); their
+            entries are adjacent.
         together: heads of keys, over all batch rows, that are open at once.
 
     Returns:
-        (B * Hkv * Mk + 1, 4) int32, of which the first column is an item's number,
-        (b * Hkv + h) * Mk + t.
+        (B * Hkv * Mk + 1, 4) int32: an item's number, (b * Hkv + h) * Mk + t; where its column
+        begins in the rows of the first query head of the group, its entries, and the first one.
     """
-    rows = key.shape[0] * key.shape[1] * (offsets.shape[2] - 1) + 1
-    items = torch.empty((rows, 4), dtype=torch.int32, device=key.device)
+    count = key.shape[0] * key.shape[1] * (offsets.shape[2] - 1) + 1
+    items = torch.empty((count, 4), dtype=torch.int32, device=key.device)
     launch = _plan_backward_order(
-        query, key, offsets, together, block_q, is_causal, kv_lens, q_lens
+        query, key, offsets, rows, together, block_q, is_causal, kv_lens, q_lens
     )  # fmt: skip
-    launch(items, offsets, None, kv_lens, q_lens)
+    launch(items, offsets, rows, kv_lens, q_lens)
     return items
 
 
@@ -306,6 +310,7 @@ def _plan_backward_order(
     query: Tensor,
     key: Tensor,
     offsets: Tensor,
+    rows: Tensor,
     together: int,
     block_q: int,
     is_causal: bool,
@@ -314,10 +319,10 @@ def _plan_backward_order(
 ) -> Launch:
     batch, kv_heads, kv_len, _ = key.shape
     tiles = offsets.shape[2] - 1
-    strides = *list_strides(offsets, offsets)[:3], 0, 0, 0  # no entry of a list is read
     return _launch(
-        strides, key.device, batch, kv_heads, together, query.shape[2], kv_len, tiles,
-        BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False, LISTED=True,
+        list_strides(offsets, rows), key.device, batch, kv_heads, together, query.shape[2], kv_len,
+        tiles, BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False,
+        LISTED=True,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
         GROUP=query.shape[1] // kv_heads,
     )  # fmt: skip

@@ -5,7 +5,8 @@ dtype of the inputs after would each pass over them once more, while nothing els
 backward of 8192 tokens. Instead the work is divided into units of some heads each. A program of a
 unit also clears its share of the sums of a unit that comes a little later, and rounds its share of
 those of a unit that came a little before. Two warps that had nothing to do take care of that;
-launches of their own clear the first units and round the last.
+the launch for the statistics clears the first units, and one of its own, which may begin while
+others end, rounds the last.
 
 Two counters a unit tell how many programs have cleared their share, and how many have added all
 they had. A program only waits for programs of units before its own. GPUs start the programs of a
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -27,11 +30,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.columns import PIECE
-from entropy_attn.kernels.launch import ceil_div
-from entropy_attn.kernels.plans import MOST_PLANS
+from entropy_attn.kernels.launch import ceil_div, overlapping
+from entropy_attn.kernels.plans import MOST_PLANS, Launch, planned
+from entropy_attn.kernels.primitives import wait_for_last
 
 ROWS = gl.constexpr(64)  # of a tile of sums, (64, 64) fp32
 WARPS = gl.constexpr(2)  # that clear and round
+CHUNK = 4096  # numbers that a program rounds at the end
 
 
 # Pieces of PTX that Gluon has no name for
@@ -254,16 +259,44 @@ def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, le
     return Units(heads, count, min(lead, count), heads * kv_tiles, heads * head_rows)
 
 
-def partly_cleared(query: Tensor, units: Units) -> tuple[Tensor, Tensor]:
-    """Sums like query in fp32, of which those of the first units are 0, and counters, all 0."""
+def allocate(query: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums like query in fp32, counters, and the part of both that has to be 0 at the start."""
     counters = ceil_div(2 * units.count, 32) * 32  # the copy engine wants the sums at 16 bytes
     sums = query.numel()
     memory = torch.empty(counters + sums, dtype=torch.float32, device=query.device)
-    memory[: counters + min(units.lead * units.rows * query.shape[3], sums)].zero_()
-    return memory[counters:].view(query.shape), memory[:counters].view(torch.int32)
+    cleared = memory[: counters + min(units.lead * units.rows * query.shape[3], sums)]
+    return memory[counters:].view(query.shape), memory[:counters].view(torch.int32), cleared
 
 
-def round_last(sums: Tensor, out: Tensor, units: Units) -> None:
-    """The sums of the last units."""
-    first = (units.count - units.lead) * units.rows
-    out.view(-1, out.shape[3])[first:].copy_(sums.view(-1, out.shape[3])[first:])
+@triton.jit(do_not_specialize=("first", "end", "unit_size", "units", "programs", "last_programs"))
+def _round_kernel(
+    sums_ptr, out_ptr, counters_ptr, first, end, unit_size, units, programs, last_programs,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Sums first to end, of the last units, each as soon as its programs have added all."""
+    start = first + tl.program_id(0).to(tl.int64) * CHUNK
+    for unit in range(start // unit_size, (tl.minimum(start + CHUNK, end) - 1) // unit_size + 1):
+        awaited = tl.where(unit == units - 1, last_programs, programs)
+        while tl.atomic_add(counters_ptr + units + unit, 0, sem="acquire") < awaited:
+            pass
+    place = start + tl.arange(0, CHUNK)
+    values = tl.load(sums_ptr + place, mask=place < end)
+    tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=place < end)
+    wait_for_last(OVERLAP)  # whoever waits for this launch waits for the last one too
+
+
+def round_last(sums: Tensor, counters: Tensor, out: Tensor, units: Units, programs: int) -> None:
+    """Round the sums of the last units; ``programs`` of all units add."""
+    _plan_rounding(sums, out, units, programs)(sums, out, counters)
+
+
+@planned
+def _plan_rounding(sums: Tensor, out: Tensor, units: Units, programs: int) -> Launch:
+    unit_size = units.rows * out.shape[3]
+    first = (units.count - units.lead) * unit_size
+    last_programs = programs - (units.count - 1) * units.programs
+    return Launch(
+        _round_kernel, (ceil_div(out.numel() - first, CHUNK),),
+        (first, out.numel(), unit_size, units.count, units.programs, last_programs),
+        CHUNK=CHUNK, **overlapping(out.device), num_warps=4,
+    )  # fmt: skip
