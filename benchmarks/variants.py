@@ -4,6 +4,7 @@
     python -m entropy_attn.benchmarks.variants portable --block 64
     python -m entropy_attn.benchmarks.variants hopper-entropy
     python -m entropy_attn.benchmarks.variants hopper-backward --length 8192
+    python -m entropy_attn.benchmarks.variants decode-paged --length 65536
 
 With "-entropy" the kernel computes row and block entropy as well; what is checked is its output.
 Of a backward the transposed lists are not timed.
@@ -30,6 +31,7 @@ from entropy_attn.api import block_sparse_attention
 from entropy_attn.benchmarks.cases import AttentionCase, Inputs, make_inputs
 from entropy_attn.benchmarks.check import expected
 from entropy_attn.benchmarks.contest import first_line
+from entropy_attn.benchmarks.suites import decode as decoding
 from entropy_attn.benchmarks.timing import measure
 from entropy_attn.block_lists import column_lists
 from entropy_attn.kernels.launch import architecture, has_copy_engine
@@ -180,31 +182,100 @@ KERNELS: dict[str, tuple[Kernel, Callable[[Inputs], dict[str, Any]]]] = {
 }
 
 
+# Few queries of many keys, by the cases of the suite ``decode``.
+DECODING = ("decode", "decode-paged")
+
+
+def decode_call(inputs: decoding.Inputs, config: Any, paged: bool) -> Callable[[], Tensor]:
+    from entropy_attn.kernels.decode import split_forward
+
+    key, value, table = inputs.key, inputs.value, None
+    if paged:
+        *pages, table = inputs.pages()
+        key, value = pages
+    mask = inputs.mask
+    shared = (mask.kv_num_blocks, mask.kv_indices, None, None, mask.block_size, True, 0)
+    scale = inputs.query.shape[3] ** -0.5
+    return lambda: split_forward(
+        inputs.query, key, value, *shared, scale, table, config=config
+    )[0]  # fmt: skip
+
+
+def decode_variants(inputs: decoding.Inputs) -> dict[str, Any]:
+    from entropy_attn.kernels.decode import decode_config
+
+    query = inputs.query
+    default = decode_config(architecture(query.device), query.shape[3], query.element_size())
+    changes: dict[str, dict[str, Any]] = {
+        f"{block} keys, {warps} warps, {stages} stages" + ", lists read ahead" * ahead: {
+            "block_n": block, "num_warps": warps, "num_stages": stages, "ahead": ahead,
+        }
+        for block in (32, 64, 128)
+        for warps in (2, 4, 8)
+        for stages in (2, 3, 4, 5)
+        for ahead in (False, True)
+        # What fits, and is not far from the default.
+        if block * stages <= 320 and warps * 32 <= 2 * block
+    }  # fmt: skip
+    return _others(default, changes)
+
+
 def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: float) -> Table:
     """A table of all configurations of a kernel on a case, the fastest first."""
     run, variants = KERNELS[kernel]
     inputs = make_inputs(case, device, 0)
     reference = expected(inputs, sparse=True)
-    calls: dict[str, list[Callable[[], object]]] = {}
-    table = Table(title=f"{kernel}, {case}", title_justify="left")
-    for column in ("configuration", "ms", "TFLOP/s", "what differs, or what is wrong"):
-        table.add_column(column, overflow="fold")
+
+    def verdict(found: Tensor | tuple[Tensor, ...]) -> str | None:
+        return reference.verdict(found if isinstance(found, tuple) else (found,))
+
     configs = variants(inputs)
+    calls = {name: partial(run, inputs, config) for name, config in configs.items()}
+    work = ("TFLOP/s", inputs.flops(sparse=True) / 1e9)
+    return _table(f"{kernel}, {case}", configs, calls, verdict, work, device, seconds)
+
+
+def compare_decoding(
+    kernel: str, case: decoding.Case, device: torch.device, seconds: float
+) -> Table:
+    """The same of a decoding kernel."""
+    inputs = decoding.Inputs.of(case, device)
+    configs = decode_variants(inputs)
+    paged = kernel != DECODING[0]
+    calls = {name: decode_call(inputs, config, paged) for name, config in configs.items()}
+    work = ("GB/s", inputs.read_bytes() / 1e6)
+    title = f"{kernel}, {case.name}"
+    return _table(title, configs, calls, inputs.wrong, work, device, seconds)
+
+
+def _table(
+    title: str,
+    configs: Mapping[str, Any],
+    calls: Mapping[str, Callable[[], Any]],
+    verdict: Callable[[Any], str | None],
+    work: tuple[str, float],
+    device: torch.device,
+    seconds: float,
+) -> Table:
+    """Check and time calls; ``work`` is the unit of the speed, and what it is in a millisecond."""
+    right: dict[str, list[Callable[[], object]]] = {}
+    table = Table(title=title, title_justify="left")
+    unit, amount = work
+    for column in ("configuration", "ms", unit, "what differs, or what is wrong"):
+        table.add_column(column, overflow="fold")
     failed: list[tuple[str, str]] = []
-    for name, config in configs.items():
+    for name, call in calls.items():
         try:
-            found = run(inputs, config)
-            wrong = reference.verdict(found if isinstance(found, tuple) else (found,))
+            wrong = verdict(call())
         except Exception as error:  # one that does not compile or fit is a finding
             wrong = first_line(error)
         if wrong is None:
-            calls[name] = [lambda config=config: run(inputs, config)]
+            right[name] = [call]
         else:
             failed.append((name, wrong))
-    timings = measure(calls, seconds=seconds, device=device) if calls else {}
-    flops = inputs.flops(sparse=True)
+    timings = measure(right, seconds=seconds, device=device) if right else {}
     for name, timing in sorted(timings.items(), key=lambda item: item[1].median_ms):
-        speed = f"{flops / timing.median_ms / 1e9:.0f}"
+        speed = f"{amount / timing.median_ms:.0f}"
         table.add_row(name, f"{timing.median_ms:.3f}", speed, str(configs[name]))
     for name, reason in failed:
         table.add_row(name, "–", "–", reason)
@@ -212,7 +283,7 @@ def compare(kernel: str, case: AttentionCase, device: torch.device, seconds: flo
 
 
 def main(
-    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join(KERNELS)}.")],
+    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join((*KERNELS, *DECODING))}.")],
     head_dim: int = 128,
     block: int = 128,
     density: float = 0.25,
@@ -224,11 +295,22 @@ def main(
         bool, typer.Option("--profile", help="Call the default three times, for a profiler.")
     ] = False,
 ) -> None:
-    """Time the configurations of a kernel on one case, B=2 and H=16, bf16."""
-    if kernel not in KERNELS:
-        raise typer.BadParameter(f"{kernel!r} is not one of {', '.join(KERNELS)}")
+    """Time the configurations of a kernel on one case, B=2 and H=16, bf16.
+
+    Decoding kernels take 8 sequences of ``length`` keys, 32 heads and 8 of keys.
+    """
+    if kernel not in (*KERNELS, *DECODING):
+        raise typer.BadParameter(f"{kernel!r} is not one of {', '.join((*KERNELS, *DECODING))}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("configurations are timed on a GPU, and there is none")
+    if kernel in DECODING:
+        few = decoding.Case(8, length, density, head_dim=head_dim)
+        if profile:
+            inputs = decoding.Inputs.of(few, torch.device("cuda"))
+            _repeat(decode_call(inputs, decode_variants(inputs)[DEFAULT], kernel != DECODING[0]))
+        else:
+            Console().print(compare_decoding(kernel, few, torch.device("cuda"), seconds))
+        return
     direction = "backward" if kernel.endswith("backward") else "forward"
     case = AttentionCase(
         head_dim, length, density, block, is_causal=causal, irregular=irregular,
@@ -240,9 +322,12 @@ def main(
         return
     run, variants = KERNELS[kernel]
     inputs = make_inputs(case, device, 0)
-    default = variants(inputs)[DEFAULT]
+    _repeat(partial(run, inputs, variants(inputs)[DEFAULT]))
+
+
+def _repeat(call: Callable[[], object]) -> None:
     for _ in range(3):
-        run(inputs, default)
+        call()
     torch.cuda.synchronize()
 
 

@@ -71,13 +71,19 @@ def _listed_keys(
 
 
 @triton.jit
-def _row_places(
-    keys, kv_end, table, batch, stride_table, stride_page, stride_row, PAGE: tl.constexpr
-):
-    """(N,) offsets of the keys' rows within one head, int64."""
+def _pages(keys, kv_end, table, batch, stride_table, PAGE: tl.constexpr):
+    """(N,) pages that the keys lie in; nothing of use without pages."""
+    pages = keys
     if PAGE > 0:
         pages = tl.load(table + batch.to(tl.int64) * stride_table + keys // PAGE,
                         mask=keys < kv_end, other=0)  # fmt: skip
+    return pages
+
+
+@triton.jit
+def _row_places(keys, pages, stride_page, stride_row, PAGE: tl.constexpr):
+    """(N,) offsets of the keys' rows within one head, int64."""
+    if PAGE > 0:
         places = pages.to(tl.int64) * stride_page + (keys % PAGE).to(tl.int64) * stride_row
     else:
         places = keys.to(tl.int64) * stride_row
@@ -95,7 +101,7 @@ def _split_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, LISTED: tl.constexpr,
     MAY_CUT: tl.constexpr, HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr,
-    HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_VALID: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``pack`` query heads that share a key head and a list, and a part of the listed blocks.
 
@@ -141,11 +147,19 @@ def _split_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+    if AHEAD:
+        keys = _listed_keys(list_pointer, begin, end, 0, kv_len, LISTED, BLOCK_K, BLOCK_N)
+        pages = _pages(keys, kv_end, table_ptr, batch, stride_table, PAGE)
     for start in range(0, (end - begin) * BLOCK_K, BLOCK_N):
-        keys = _listed_keys(list_pointer, begin, end, start, kv_len, LISTED, BLOCK_K, BLOCK_N)
-        places = _row_places(
-            keys, kv_end, table_ptr, batch, stride_table, key_strides[0], key_strides[2], PAGE
-        )
+        if AHEAD:
+            next_keys = _listed_keys(
+                list_pointer, begin, end, start + BLOCK_N, kv_len, LISTED, BLOCK_K, BLOCK_N
+            )
+            next_pages = _pages(next_keys, kv_end, table_ptr, batch, stride_table, PAGE)
+        else:
+            keys = _listed_keys(list_pointer, begin, end, start, kv_len, LISTED, BLOCK_K, BLOCK_N)
+            pages = _pages(keys, kv_end, table_ptr, batch, stride_table, PAGE)
+        places = _row_places(keys, pages, key_strides[0], key_strides[2], PAGE)
         pointers = key_base + places[:, None] + wide * key_strides[3]
         key = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # (M, N)
@@ -157,13 +171,14 @@ def _split_kernel(
         p = tl.exp2(exponents)  # (M, N)
         alpha = tl.exp2(shift)  # (M,)
         mass = mass * alpha + tl.sum(p, 1)
-        places = _row_places(
-            keys, kv_end, table_ptr, batch, stride_table, value_strides[0], value_strides[2], PAGE
-        )
+        places = _row_places(keys, pages, value_strides[0], value_strides[2], PAGE)
         pointers = value_base + places[:, None] + wide * value_strides[3]
         value = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)  # (M, D)
+        if AHEAD:
+            keys = next_keys
+            pages = next_pages
 
     alive = (mass != 0.0) & (row < q_end)  # what is NaN stays NaN
     safe_mass = tl.where(alive, mass, 1.0)
@@ -211,11 +226,16 @@ def _combine_kernel(
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Keys a step, and how the loop is compiled."""
+    """Keys a step, and how the loop is compiled.
+
+    Attributes:
+        ahead: what a list and a page table say is read a step before the keys that need it.
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
+    ahead: bool = False
 
 
 def decode_config(arch: str, head_dim: int, itemsize: int) -> DecodeConfig:
@@ -305,7 +325,7 @@ def split_forward(
             PAGE=page, IS_CAUSAL=is_causal, HAS_WINDOW=window > 0, LISTED=indices is not None,
             MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
             HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
-            HAS_VALID=valid is not None, PRECISION=dot_precision(query.dtype),
+            HAS_VALID=valid is not None, AHEAD=config.ahead, PRECISION=dot_precision(query.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         _combine_kernel[(batch * heads * q_len,)](

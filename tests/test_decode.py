@@ -14,7 +14,12 @@ from torch import Tensor
 import entropy_attn as ea
 from entropy_attn.benchmarks.registry import Context
 from entropy_attn.benchmarks.suites import decode as suite
-from entropy_attn.kernels.decode import FEW_QUERIES, heads_a_tile
+from entropy_attn.kernels.decode import (
+    FEW_QUERIES,
+    DecodeConfig,
+    heads_a_tile,
+    split_forward,
+)
 from entropy_attn.reference.attention import compute_dtype
 from entropy_attn.testing import assert_close_to_reference
 from entropy_attn.validation import MOST_PAGED_QUERIES
@@ -321,3 +326,26 @@ def test_bytes_are_those_of_the_listed_blocks():
     inputs = suite.Inputs.of(case, torch.device("cpu"))
     listed = inputs.mask.kv_num_blocks.sum().item()
     assert inputs.read_bytes() == 2 * listed * case.block * case.head_dim * 4
+
+
+@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_lists_read_ahead_change_nothing(block: int, paged: bool, density: float, device: str):
+    """The same bits; steps of a part of a block, of one block and of several."""
+    case = suite.Case(2, 1024, density, 4, 2, head_dim=32, block=block, dtype="float32")
+    inputs = suite.Inputs.of(case, torch.device(device))
+    key, value, table = inputs.pages() if paged else (inputs.key, inputs.value, None)
+    mask = inputs.mask
+    lens = torch.tensor([1024, 333], dtype=torch.int32, device=device)
+
+    def run(ahead: bool):
+        config = DecodeConfig(64, 4, 3, ahead)
+        return split_forward(
+            inputs.query, key, value, mask.kv_num_blocks, mask.kv_indices, lens, None,
+            mask.block_size, True, 0, 0.2, table, config=config,
+        )  # fmt: skip
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        assert expected.any()
+        assert torch.equal(found, expected)

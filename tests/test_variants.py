@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from entropy_attn.benchmarks import variants
 from entropy_attn.benchmarks.cases import AttentionCase, make_inputs
+from entropy_attn.benchmarks.suites import decode as decoding
 
 SMALL = AttentionCase(16, 128, 0.5, block=32, batch=1, heads=2, dtype="float32")
 
@@ -46,3 +47,22 @@ def test_configurations_differ_and_hold_the_default(kernel, block):
     found = variants.KERNELS[kernel][1](make_inputs(case, "cpu", 0))
     assert len(found) == len(set(found.values())) >= 3
     assert next(iter(found)) == variants.DEFAULT
+
+
+@pytest.mark.parametrize("kernel", variants.DECODING)
+def test_configurations_of_decoding(kernel, monkeypatch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    others = variants.decode_variants
+
+    def some(inputs):
+        found = others(inputs)
+        assert len(found) == len(set(found.values())) > 20
+        return {name: found[name] for name in (variants.DEFAULT, list(found)[-1])}
+
+    monkeypatch.setattr(variants, "decode_variants", some)
+    case = decoding.cases("small")[0]
+    rows = cells(variants.compare_decoding(kernel, case, device, 0.01))
+    assert len(rows) == 2
+    assert all(float(row[1]) > 0 for row in rows)
+    monkeypatch.setattr(variants, "decode_call", lambda inputs, *_: lambda: inputs.query * 0)
+    assert {row[1] for row in cells(variants.compare_decoding(kernel, case, device, 0.01))} == {"–"}

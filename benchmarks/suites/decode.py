@@ -105,13 +105,19 @@ class Inputs:
         block = self.mask.block_size[1] * self.key.shape[3] * self.key.element_size()
         return 2 * block * int(self.kept.sum())
 
+    def pages(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values in pages of `PAGE` tokens in disorder, and the table of the pages."""
+        key, value = (
+            x.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1) for x in (self.key, self.value)
+        )
+        order = torch.randperm(len(key), device=key.device)
+        key, value = (torch.empty_like(x).index_copy_(0, order, x) for x in (key, value))
+        return key, value, order.view(len(self.query), -1).to(torch.int32)
+
     def contestants(self, case: Case) -> dict[str, Callable[[], Tensor]]:
         query, key, value = self.query, self.key, self.value
         backend = our_backend(query.device)
-        pages = [x.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1) for x in (key, value)]
-        order = torch.randperm(len(pages[0]), device=query.device)
-        pages = [torch.empty_like(x).index_copy_(0, order, x) for x in pages]
-        table = order.view(case.batch, -1).to(torch.int32)
+        *pages, table = self.pages()
         lens = torch.full((case.batch,), case.length, dtype=torch.int32, device=query.device)
         found: dict[str, Callable[[], Tensor]] = {
             OURS: lambda: ea.block_sparse_attention(
