@@ -299,19 +299,9 @@ def attention_backward(
         )  # fmt: skip
     if statistics is None:
         statistics = row_statistics(
-            out,
-            grad_out,
-            lse,
-            grad_lse,
-            row,
-            grad_row,
-            block,
-            grad_block,
-            cross,
-            block_q,
-            scale,
+            out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross, block_q, scale,
             after_lists=after_lists,
-        )
+        )  # fmt: skip
     return block_sparse_backward(
         grad_out, query, key, value, statistics, terms, *lists, columns, *geometry,
         row_entropy=grad_row is not None, block_entropy=grad_block is not None,

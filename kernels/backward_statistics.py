@@ -50,8 +50,9 @@ def _statistics_kernel(
     +inf and 0: their P is 0, so that the other kernels need no masks for them.
 
     NEGATIVE: -delta instead. CLEARS: programs also fill clear_count numbers with 0, each its share.
-    AFTER_LISTS: the kernel before wrote nothing that is read here, and began when all that is read
-    was there; so this one reads first and waits before it writes.
+    AFTER_LISTS: nothing that is read here was written by a launch that may still run, as that of
+    the transposed lists let others begin when it had waited itself. So this one reads first, and
+    waits before it writes: what it writes to may be memory that those launches still use.
     """
     if not AFTER_LISTS:
         wait_for_last(OVERLAP)
@@ -135,7 +136,7 @@ def row_statistics(
         cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
         negative: return -delta.
         cleared: contiguous fp32 that is filled with 0 by the way, or None.
-        after_lists: the last launch on the stream was that of `transposed_lists`.
+        after_lists: since the launch of `transposed_lists` there was none but `backward_order`.
 
     Returns:
         (B, Hq, R, padded Nq) fp32: lse in base 2, delta or -delta, then what belongs to
@@ -143,16 +144,16 @@ def row_statistics(
     """
     batch, heads, q_len = lse.shape
     head_dim = 16 if grad_out is None else out.shape[3]
-    padding = max(block_q, 128 if head_dim <= 128 else 64)
+    padding = max(block_q, 128 if head_dim <= 128 else 64)  # whole tiles of those who read it
     padded_len = ceil_div(q_len, padding) * padding
     per_head = 2 + (grad_row is not None) + (grad_block is not None)
     statistics = lse.new_empty((batch, heads, per_head, padded_len))
     if statistics.numel() == 0:
         return statistics
     given = grad_lse, grad_row, grad_block
-    grad_lse, grad_row, grad_block = (None if x is None else x.contiguous() for x in given)
-    if any(a is not b for a, b in zip(given, (grad_lse, grad_row, grad_block), strict=True)):
-        after_lists = False  # copies came in between
+    # Copies are launches in between, of something that is read.
+    after_lists &= all(grad is None or grad.is_contiguous() for grad in given)
+    grad_lse, grad_row, grad_block = (x if x is None else x.contiguous() for x in given)
     rows = (out, grad_out, lse, grad_lse, row, grad_row, block, grad_block, cross)
     launch = _plan_statistics(
         *rows, head_dim, padded_len, scale, negative, 0 if cleared is None else cleared.numel(),
@@ -185,6 +186,7 @@ def _plan_statistics(
     block_d = padded_head_dim(head_dim)
     block_m = min(128, TILE // block_d)
     tiles = padded_len // block_m
+    overlap = overlapping(lse.device)
     return Launch(
         _statistics_kernel, (tiles * batch * heads,),
         (*strides, heads, q_len, tiles, scale, clear_count),
@@ -192,5 +194,5 @@ def _plan_statistics(
         HAS_GRAD_LSE=grad_lse is not None, ROW_ENTROPY=grad_row is not None,
         BLOCK_ENTROPY=grad_block is not None, TILE_ENTROPY=cross is not None,
         HAS_OUT=grad_out is not None, NEGATIVE=negative, CLEARS=clear_count > 0,
-        AFTER_LISTS=after_lists, **overlapping(lse.device),
+        AFTER_LISTS=after_lists and overlap["OVERLAP"], **overlap,
     )  # fmt: skip

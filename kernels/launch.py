@@ -42,7 +42,7 @@ def _architecture(index: int) -> str:
 
 
 def overlapping(device: torch.device) -> dict[str, bool]:
-    """Constants of a launch that may begin before the one ahead has ended (from sm_90 on).
+    """Constants of a launch that may begin before the one ahead has ended, on sm_90.
 
     Its kernel has to call `primitives.wait_for_last`, and may call `primitives.may_start_next`.
     """

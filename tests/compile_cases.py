@@ -198,11 +198,14 @@ class BackwardForHopper:
     kv_len: int = 1024
     dense: bool = False
     lens: bool = False
+    group: int = 2
+    after_lists: bool = False
 
     def __str__(self) -> str:
         words = [f"backward, D={self.head_dim}", str(self.dtype).split(".")[1]]
-        words += [name for name in ("is_causal", "dense", "lens") if getattr(self, name)]
-        return ", ".join([*words, f"N={self.kv_len}"])
+        switches = ("is_causal", "dense", "lens", "after_lists")
+        words += [name for name in switches if getattr(self, name)]
+        return ", ".join([*words, f"groups of {self.group}", f"N={self.kv_len}"])
 
     def run(self) -> None:
         from entropy_attn.block_lists import column_lists
@@ -211,7 +214,7 @@ class BackwardForHopper:
 
         backward.device_limits = H200
         query = torch.zeros(1, 4, 1024, self.head_dim, dtype=self.dtype)
-        key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
+        key = torch.zeros(1, 4 // self.group, self.kv_len, self.head_dim, dtype=self.dtype)
         columns = None
         if not self.dense:
             mask = BlockMask.full(1, 4, 1024, self.kv_len, 128)
@@ -220,6 +223,7 @@ class BackwardForHopper:
         backward.hopper_backward(
             query, query, key, key, query, torch.zeros(1, 4, 1024), None, columns, (128, 128),
             self.is_causal, self.head_dim**-0.5, kv_lens=lens, q_lens=lens,
+            after_lists=self.after_lists,
         )  # fmt: skip
 
 
@@ -229,16 +233,18 @@ class Transposed:
 
     heads: int
     with_order: bool = False
+    length: int = 4096
 
     def __str__(self) -> str:
-        return f"{self.heads} heads, transposed lists" + ", with order" * self.with_order
+        words = f"{self.heads} heads, N={self.length}, transposed lists"
+        return words + ", with order" * self.with_order
 
     def run(self) -> None:
         from entropy_attn.kernels.transposed_lists import transpose_lists
         from entropy_attn.masks import BlockMask
 
-        mask = BlockMask.causal(1, self.heads, 4096, 4096, 128)
-        transpose_lists(mask.kv_num_blocks, mask.kv_indices, 32, self.with_order)
+        mask = BlockMask.causal(1, self.heads, self.length, self.length, 128)
+        transpose_lists(mask.kv_num_blocks, mask.kv_indices, self.length // 128, self.with_order)
 
 
 @dataclass(frozen=True)
@@ -385,7 +391,7 @@ CASES = (
     KeyBoxes(256, 256, torch.float32, group=1, length=1_048_576),
     KeyBoxes(128, 64, group=1, padded=False, length=1_048_576),
     Transposed(32),
-    Transposed(256, with_order=True),
+    Transposed(32, with_order=True, length=32768),
     TrueMass(128, 128),
     Selection(128, 64, "pooled", "perplexity"),
     Selection(128, 64, "envelope", "perplexity"),
@@ -417,6 +423,8 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(64, (256, 128), dense=True),
         BackwardForHopper(128, is_causal=True, lens=True),
         BackwardForHopper(64, torch.float16, is_causal=True, kv_len=1000, dense=True),
+        BackwardForHopper(64, is_causal=True),
+        BackwardForHopper(128, group=1, after_lists=True),
         Hopper(128, (128, 128), row_entropy=True),
         Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),
         Hopper(64, (64, 64), lens=True, dense=True, block_entropy=True),

@@ -132,6 +132,9 @@ class Compiler:
         unused = unused_barriers(compiled.asm["ttgir"])
         if unused:
             raise RuntimeError(f"{compiled.metadata.name}: nobody uses the mbarriers {unused}")
+        early = touched_early(compiled.metadata.name, compiled.asm.get("ptx", ""))
+        if early:
+            raise RuntimeError(f"{compiled.metadata.name}: ahead of its wait it has {early}")
         # A kernel that was compiled before in this process comes without a report.
         if compiled.hash not in self._resources:
             self._resources[compiled.hash] = _resources(compiled, log.getvalue())
@@ -189,6 +192,20 @@ def unused_barriers(ttgir: str) -> list[str]:
         if not is_used:
             found.append(barrier)
     return found
+
+
+# Ahead of waiting for the launch before, these must not: write at all, as memory may still be in
+# use there; let the next launch begin, which reads early what the one before them wrote.
+WAIT_FIRST = {
+    "_statistics_kernel": r"\bst\.global|\b(?:red|atom)\.",
+    "_transpose_kernel": r"griddepcontrol\.launch_dependents|\b(?:ld|st)\.global",
+}
+
+
+def touched_early(kernel: str, ptx: str) -> list[str]:
+    """What of `WAIT_FIRST` a kernel has ahead of its wait, where it is one that waits."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return re.findall(WAIT_FIRST[kernel], before) if wait and kernel in WAIT_FIRST else []
 
 
 def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled | LeftOut]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from compile_cases import MEASURED, cases_of
-from compile_only import KIB, SHARED_MEMORY, TARGETS, unused_barriers
+from compile_only import KIB, SHARED_MEMORY, TARGETS, touched_early, unused_barriers
 
 pytest.importorskip("triton")
 
@@ -71,13 +71,16 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     assert arch != MEASURED or compiled == launched
     assert kernels_by_width(compiled, arch) == kernels_by_width(launched, arch)
     if arch == "sm90":
-        # What these spill lay around their innermost loops when somebody looked at the disassembly.
+        # What these spill lay around their innermost loops when somebody looked at the disassembly,
+        # but for a causal backward of head_dim 64 with lists, which has some in each step.
         spills = defaultdict(list)
         for each in compiled:
             if each["case"].startswith(("Hopper", "backward")):
-                spills[each["kernel"]].append(each["spills"])
+                narrow = each["case"].startswith("backward, D=64, bfloat16, is_causal, groups")
+                spills[each["kernel"] + ", causal, D=64" * narrow].append(each["spills"])
         assert max(spills["forward_kernel"]) <= 64
         assert max(spills["backward_kernel"]) <= 288  # more while descriptors were hoisted
+        assert max(spills["backward_kernel, causal, D=64"]) <= 512
     limit = SHARED_MEMORY[arch]
     too_large = [
         f"{each['case']}: {each['kernel']} {each['config']} {each['shared'] / KIB:.1f} KiB"
@@ -100,3 +103,13 @@ def test_unused_barriers_are_found():
     assert unused_barriers(used + "ttg.warp_specialize(%query, %bars) attributes {}") == []
     assert unused_barriers(used + "ttng.wait_barrier %slot_1, %phase") == ["%bars"]
     assert unused_barriers(used.replace("xi64", "xf32")) == []
+
+
+def test_what_a_kernel_does_too_early_is_found():
+    wait, write = "griddepcontrol.wait;\n", "st.global.b32 [%rd1], %r1;\n"
+    begin = "griddepcontrol.launch_dependents;\n"
+    assert touched_early("_statistics_kernel", "ld.global.b32 %r1, [%rd1];\n" + wait + write) == []
+    assert touched_early("_statistics_kernel", write + wait) == ["st.global"]
+    assert touched_early("_transpose_kernel", wait + begin + write) == []
+    assert touched_early("_transpose_kernel", begin + wait + write) == [begin.strip(";\n")]
+    assert touched_early("_transpose_kernel", write) == []  # it does not wait: no launch overlaps

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entropy_attn.kernels import backward_statistics
 from entropy_attn.kernels.backward_statistics import row_statistics
 from entropy_attn.kernels.hopper.sums import ROWS, Units, allocate, divide, round_last
 from entropy_attn.kernels.launch import ceil_div
@@ -25,6 +26,7 @@ def test_units_cover_all_heads(kv_heads, kv_tiles, head_rows, least, lead):
     last = kv_heads - (units.count - 1) * units.heads
     assert 0 < last <= units.heads
     assert units.programs == units.heads * kv_tiles
+    assert units.last_programs == last * kv_tiles
     assert units.rows == units.heads * head_rows
     assert units.lead == min(lead, units.count)
     assert units.heads - last < units.count  # the last unit is not tiny beside the others
@@ -62,7 +64,10 @@ class Sums:
         return len(self.cleared[unit]) == self.units.programs
 
     def has_added(self, unit: int) -> bool:
-        return len(self.added[unit]) == self.units.programs
+        """What the kernel knows; of the last unit only the launch that rounds asks it."""
+        is_last = unit == self.units.count - 1
+        awaited = self.units.last_programs if is_last else self.units.programs
+        return len(self.added[unit]) == awaited
 
 
 def writer(sums: Sums, program: int, steps: int, wait: bool = True):
@@ -98,6 +103,15 @@ def caretaker(sums: Sums, program: int, wait: bool = True):
         sums.rounded[unit - lead].add(program)
 
 
+def rounder(sums: Sums, wait: bool = True):
+    """The launch that rounds the last units; it begins when all programs have started."""
+    for unit in range(sums.units.count - sums.units.lead, sums.units.count):
+        while wait and not sums.has_added(unit):
+            yield "waits"
+        assert len(sums.added[unit]) == sums.members(unit), "rounded too early"
+        sums.rounded[unit].add("the last launch")
+
+
 def eager_caretaker(sums: Sums, program: int):
     """One that waits for programs of its own unit, which may not have started."""
     yield from caretaker(sums, program)
@@ -105,17 +119,21 @@ def eager_caretaker(sums: Sums, program: int):
         yield "waits"
 
 
-def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
+def run(seed: int, make_writer=writer, make_caretaker=caretaker, make_rounder=rounder) -> None:
     """Programs start in order wherever one has ended, and their warps are stepped at random."""
     rng = random.Random(seed)
     kv_tiles, kv_heads = rng.randint(1, 6), rng.randint(1, 12)
     head_rows = rng.choice((100, 1000))
     units = divide(kv_heads, kv_tiles, head_rows, rng.randint(1, 10), rng.randint(1, 3))
     sums = Sums(units, kv_heads * kv_tiles, kv_heads * head_rows)
-    resident: dict[int, list] = {}
+    resident: dict[int | str, list] = {}
     started = 0
     places, idle = rng.randint(1, 24), 0
+    is_rounded = False
     while started < sums.programs or resident:
+        if started == sums.programs and not is_rounded:
+            is_rounded = True
+            resident["rounder"] = [make_rounder(sums)]
         while started < sums.programs and len(resident) < places:
             steps = rng.choice((0, 1, 3, 20))
             resident[started] = [
@@ -138,7 +156,8 @@ def run(seed: int, make_writer=writer, make_caretaker=caretaker) -> None:
         assert len(sums.cleared[unit]) == (units.programs if is_later else 0)
         after = (unit + units.lead) * units.programs
         later = range(after, after + sums.members(unit + units.lead)) if is_earlier else ()
-        assert sums.rounded[unit] == {p for p in later if rows(sums, p, unit)}
+        by_last = set() if is_earlier else {"the last launch"}
+        assert sums.rounded[unit] == {p for p in later if rows(sums, p, unit)} | by_last
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
@@ -158,6 +177,7 @@ def many_runs(**forgotten):
         ({"make_writer": lambda *a: writer(*a, wait=False)}, "cleared later"),
         ({"make_caretaker": lambda *a: caretaker(*a, wait=False)}, "too early"),
         ({"make_caretaker": eager_caretaker}, "wait for each other"),
+        ({"make_rounder": lambda sums: rounder(sums, wait=False)}, "too early"),
     ],
 )
 def test_what_is_forgotten_is_found(forgotten, message):
@@ -174,9 +194,9 @@ def test_last_units_are_rounded(heads, length, head_dim, device):
     sums.copy_(torch.randn(sums.shape))
     counters[: units.count] = 0
     counters[units.count :] = units.programs
-    counters[2 * units.count - 1] = 3 * heads - (units.count - 1) * units.programs
+    counters[2 * units.count - 1] = units.last_programs
     out = torch.full_like(query, float("nan"))
-    round_last(sums, counters, out, units, 3 * heads)
+    round_last(sums, counters, out, units)
     first = (units.count - units.lead) * units.rows
     found = out.view(-1, head_dim)
     assert found[:first].isnan().all()
@@ -199,3 +219,31 @@ def test_statistics_clear_what_they_are_given(device):
     assert torch.equal(statistics[:, :, 1], -expected[:, :, 1])
     delta = (out.float() * grad.float()).sum(-1) - grad_lse
     torch.testing.assert_close(expected[:, :, 1, :200], delta)
+
+
+@pytest.mark.parametrize("grads", [(0,), (0, 1), (0, 1, 2)])
+def test_what_is_copied_is_not_read_early(grads, device, monkeypatch):
+    """A copy of a gradient is a launch of its own, whose end the statistics have to wait for."""
+    planned = []
+    plan = backward_statistics._plan_statistics
+    monkeypatch.setattr(
+        backward_statistics, "_plan_statistics", lambda *a: planned.append(a[-1]) or plan(*a)
+    )
+    out, grad = torch.randn(2, 1, 2, 40, 16, device=device)
+    lse, row, block = torch.randn(3, 1, 2, 40, device=device)
+    gradients = list(torch.randn(3, 1, 2, 40, device=device))
+    expanded = torch.ones((), device=device).expand(1, 2, 40)
+
+    def statistics():
+        a, b, c = gradients
+        rows = (out, grad, lse, a, row, b, block, c, None, 128, 0.1)
+        return row_statistics(*rows, after_lists=True)
+
+    statistics()
+    assert planned == [True]
+    for place in grads:
+        gradients[place] = expanded
+    found = statistics()
+    assert planned == [True, False]
+    gradients = [x.contiguous() for x in gradients]
+    assert torch.equal(statistics(), found)

@@ -7,7 +7,7 @@ P = exp(S - lse), dP = dO V^T, delta_i = dO_i . O_i - dlse_i:
 A program takes a block of 128 keys and walks over the queries that list it (the transposed lists,
 CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV in
 registers; a producer warp feeds rings of queries and of their gradients through the copy engine,
-with each row's lse and delta. Scores are computed once, transposed, so that P^T and dS^T are left
+with each row's lse and -delta. Scores are computed once, transposed, so that P^T and dS^T are left
 operands in the registers where they are. Of lists, the longest columns of a few heads come first
 (`order.backward_order`).
 
@@ -94,7 +94,7 @@ UNITS = "units", "lead", "programs", "unit_rows", "all_rows"
 
 @gluon.jit
 def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row):
-    """Fill a slot with queries, their gradients, lse and delta."""
+    """Fill a slot with queries, their gradients, lse and -delta."""
     ring = buffers.queries
     ROWS: gl.constexpr = ring.boxes.shape[3]
     BYTES: gl.constexpr = 2 * ROWS * (2 * ring.boxes.shape[4] + 4)
@@ -154,7 +154,7 @@ def _zero():
 
 @gluon.jit
 def _row_values(buffers, use, layout: gl.constexpr, PART: gl.constexpr):
-    """(M,) lse or delta of a slot's rows."""
+    """(M,) lse or -delta of a slot's rows."""
     return buffers.row_values.index(use % buffers.queries.SLOTS * 2 + PART).load(layout)
 
 
@@ -206,7 +206,7 @@ def _step(
         take_turn(WARPGROUP)
     scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))  # (64, M)
-    grad_p = zeros + _row_values(buffers, use, row_layout, 1)[None, :]  # -delta
+    grad_p = zeros + _row_values(buffers, use, row_layout, 1)[None, :]  # -delta, for the product
     grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
     if columns.TURNS:
         pass_turn(WARPGROUP)
@@ -296,15 +296,16 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
         member += 1
         begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
     start = key_start + WARPGROUP * KEYS
-    if columns.TURNS and WARPGROUP == 0:  # the other one is half a step behind
+    ENDS_FIRST: gl.constexpr = columns.TURNS and WARPGROUP == 0  # the other is half a step behind
+    if ENDS_FIRST:
         _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
         _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
     query_part = _query_product(columns, buffers, use, WARPGROUP)
-    if not (columns.TURNS and WARPGROUP == 0):
+    if not ENDS_FIRST:
         _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
     query_part = warpgroup_mma_wait(0, deps=(query_part,))
     _hand_over(columns, buffers, query_part, use, WARPGROUP)
-    if not (columns.TURNS and WARPGROUP == 0):
+    if not ENDS_FIRST:
         _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
     tma.store_wait(0)
 
@@ -487,8 +488,8 @@ def hopper_backward(
 
     Args:
         out, lse, grad_lse: as `backward_statistics.row_statistics` takes them.
-        columns: the transposed lists in CSR form, as `block_sparse_backward` takes them; entries
-            past the last offset are not read.
+        columns: the transposed lists in CSR form, as `block_sparse_backward` takes them, fewer than
+            2^31 entries a head; those past the last offset are not read.
         kv_lens, q_lens: (B,) int32 valid lengths, or None.
         after_lists: see `row_statistics`.
 
@@ -527,8 +528,7 @@ def hopper_backward(
         *tensors[:8], *integers, units, block_size[0], is_causal, scale, config
     )  # fmt: skip
     launch(*tensors, *(counters if x is None else x for x in integers))
-    programs = ceil_div(key.shape[2], BLOCK_N.value) * key.shape[0] * key.shape[1]
-    round_last(sums, counters, grad_query, units, programs)
+    round_last(sums, counters, grad_query, units)
     return grad_query, grad_key, grad_value
 
 

@@ -162,10 +162,10 @@ class Columns:
 
     @gluon.jit
     def first_start(self, pointer, step, last, first_row):
-        """`start` of a column's first step; in most calls no list has to be read for that."""
-        start = self.start(pointer, step, last)
-        if self.LISTED and not self.IS_CAUSAL and self.GROUP == 1:
-            start = gl.where(step < last, first_row * self.BLOCK_Q, self.q_len)
+        """`start` of a column's first step; without GQA and diagonal no list is read for that."""
+        start = gl.where(step < last, first_row * self.BLOCK_Q, self.q_len)
+        if self.IS_CAUSAL or self.GROUP > 1 or not self.LISTED:
+            start = self.start(pointer, step, last)
         return start
 
 
@@ -176,7 +176,7 @@ class Buffers:
     Attributes:
         keys, values: rings of one slot, two tiles of (64, D). dV and dK leave through the latter.
         queries: a ring whose slots hold a tile (BLOCK_M, D) of queries and one of their gradients.
-        row_boxes: (2 * slots of `queries`, 1, BLOCK_M) fp32, a slot's lse in base 2 and its delta;
+        row_boxes: (2 * slots of `queries`, 1, BLOCK_M) fp32, a slot's lse in base 2, then -delta;
             row_values: the same memory, (.., BLOCK_M).
         scores: dS, (2 slots * 2 halves, 64, BLOCK_M); pieces: the same memory by 64 columns;
             scores_full: its barriers.

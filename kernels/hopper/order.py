@@ -98,7 +98,8 @@ def _order_kernel(
     HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    may_start_next(OVERLAP)  # which touches no memory before it has waited
+    # Whoever is next writes nothing before it has waited, and reads nothing that may still change.
+    may_start_next(OVERLAP)
     wait_for_last(OVERLAP)
     count_strides = count_stride_b, count_stride_h, count_stride_t
     batch_head = tl.program_id(1)  # counts over all heads of all batch rows

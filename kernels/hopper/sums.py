@@ -11,7 +11,8 @@ others end, rounds the last.
 Two counters a unit tell how many programs have cleared their share, and how many have added all
 they had. A program only waits for programs of units before its own. GPUs start the programs of a
 grid in the order of their numbers, so those run or have ended. CUDA does not promise that order; on
-a GPU with another one programs might wait for ever. A call in one unit waits for nobody.
+a GPU with another one programs might wait for ever. In a call in one unit they wait for nobody. The
+launch that rounds the last sums waits for all programs, and begins when all of them have started.
 """
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
@@ -36,7 +37,7 @@ from entropy_attn.kernels.primitives import wait_for_last
 
 ROWS = gl.constexpr(64)  # of a tile of sums, (64, 64) fp32
 WARPS = gl.constexpr(2)  # that clear and round
-CHUNK = 4096  # numbers that a program rounds at the end
+ROUNDED = 4096  # numbers that a program of the last launch rounds
 
 
 # Pieces of PTX that Gluon has no name for
@@ -232,7 +233,7 @@ class Units:
         heads: of keys, of a unit, over all batch rows; the last unit may have fewer.
         count: of units.
         lead: units between one that is added to and one that is cleared or rounded.
-        programs: of a unit.
+        programs: of a unit; last_programs: of the last one.
         rows: of the sums of a unit.
     """
 
@@ -240,6 +241,7 @@ class Units:
     count: int
     lead: int
     programs: int
+    last_programs: int
     rows: int
 
 
@@ -256,7 +258,10 @@ def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_programs: int, le
     nearly = ceil_div(kv_heads, kv_heads // fewest)
     heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), nearly)
     count = ceil_div(kv_heads, heads)
-    return Units(heads, count, min(lead, count), heads * kv_tiles, heads * head_rows)
+    last_programs = (kv_heads - (count - 1) * heads) * kv_tiles
+    return Units(
+        heads, count, min(lead, count), heads * kv_tiles, last_programs, heads * head_rows
+    )  # fmt: skip
 
 
 def allocate(query: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,18 +290,17 @@ def _round_kernel(
     wait_for_last(OVERLAP)  # whoever waits for this launch waits for the last one too
 
 
-def round_last(sums: Tensor, counters: Tensor, out: Tensor, units: Units, programs: int) -> None:
-    """Round the sums of the last units; ``programs`` of all units add."""
-    _plan_rounding(sums, out, units, programs)(sums, out, counters)
+def round_last(sums: Tensor, counters: Tensor, out: Tensor, units: Units) -> None:
+    """Round the sums of the last units."""
+    _plan_rounding(out, units)(sums, out, counters)
 
 
 @planned
-def _plan_rounding(sums: Tensor, out: Tensor, units: Units, programs: int) -> Launch:
+def _plan_rounding(out: Tensor, units: Units) -> Launch:
     unit_size = units.rows * out.shape[3]
     first = (units.count - units.lead) * unit_size
-    last_programs = programs - (units.count - 1) * units.programs
     return Launch(
-        _round_kernel, (ceil_div(out.numel() - first, CHUNK),),
-        (first, out.numel(), unit_size, units.count, units.programs, last_programs),
-        CHUNK=CHUNK, **overlapping(out.device), num_warps=4,
+        _round_kernel, (ceil_div(out.numel() - first, ROUNDED),),
+        (first, out.numel(), unit_size, units.count, units.programs, units.last_programs),
+        CHUNK=ROUNDED, **overlapping(out.device), num_warps=4,
     )  # fmt: skip
