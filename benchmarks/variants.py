@@ -120,7 +120,7 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
         "one stage": {"stages": 1},
         "sums all cleared before and rounded after, longest of all heads first": {"unit": 1e6},
     }
-    for unit in (0.01, 0.5, 1.0):
+    for unit in (0.5, 1.0, 2.0, 4.0):
         for lead in (1, 2, 3):
             words = f"units of {unit} programs a multiprocessor, lead {lead}"
             changes[words] = {"unit": unit, "lead": lead}
