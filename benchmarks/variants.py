@@ -184,20 +184,24 @@ KERNELS: dict[str, tuple[Kernel, Callable[[Inputs], dict[str, Any]]]] = {
 
 # Few queries of many keys, by the cases of the suite ``decode``.
 DECODING = ("decode", "decode-paged")
+NAMES = (*KERNELS, *DECODING)
+
+# Keys and values, or pages of them with their table.
+Cache = tuple[Tensor, Tensor, Tensor | None]
 
 
-def decode_call(inputs: decoding.Inputs, config: Any, paged: bool) -> Callable[[], Tensor]:
+def decode_cache(inputs: decoding.Inputs, kernel: str) -> Cache:
+    return inputs.pages() if kernel == "decode-paged" else (inputs.key, inputs.value, None)
+
+
+def decode(inputs: decoding.Inputs, cache: Cache, config: Any) -> Tensor:
     from entropy_attn.kernels.decode import split_forward
 
-    key, value, table = inputs.key, inputs.value, None
-    if paged:
-        *pages, table = inputs.pages()
-        key, value = pages
-    mask = inputs.mask
-    shared = (mask.kv_num_blocks, mask.kv_indices, None, None, mask.block_size, True, 0)
-    scale = inputs.query.shape[3] ** -0.5
-    return lambda: split_forward(
-        inputs.query, key, value, *shared, scale, table, config=config
+    query, mask = inputs.query, inputs.mask
+    key, value, table = cache
+    return split_forward(
+        query, key, value, mask.kv_num_blocks, mask.kv_indices, None, None, mask.block_size, True,
+        0, query.shape[3] ** -0.5, table, config=config,
     )[0]  # fmt: skip
 
 
@@ -240,9 +244,9 @@ def compare_decoding(
 ) -> Table:
     """The same of a decoding kernel."""
     inputs = decoding.Inputs.of(case, device)
+    cache = decode_cache(inputs, kernel)
     configs = decode_variants(inputs)
-    paged = kernel != DECODING[0]
-    calls = {name: decode_call(inputs, config, paged) for name, config in configs.items()}
+    calls = {name: partial(decode, inputs, cache, config) for name, config in configs.items()}
     work = ("GB/s", inputs.read_bytes() / 1e6)
     title = f"{kernel}, {case.name}"
     return _table(title, configs, calls, inputs.wrong, work, device, seconds)
@@ -283,7 +287,7 @@ def _table(
 
 
 def main(
-    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join((*KERNELS, *DECODING))}.")],
+    kernel: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
     head_dim: int = 128,
     block: int = 128,
     density: float = 0.25,
@@ -299,15 +303,16 @@ def main(
 
     Decoding kernels take 8 sequences of ``length`` keys, 32 heads and 8 of keys.
     """
-    if kernel not in (*KERNELS, *DECODING):
-        raise typer.BadParameter(f"{kernel!r} is not one of {', '.join((*KERNELS, *DECODING))}")
+    if kernel not in NAMES:
+        raise typer.BadParameter(f"{kernel!r} is not one of {', '.join(NAMES)}")
     if not torch.cuda.is_available():
         raise typer.BadParameter("configurations are timed on a GPU, and there is none")
     if kernel in DECODING:
         few = decoding.Case(8, length, density, head_dim=head_dim)
         if profile:
             inputs = decoding.Inputs.of(few, torch.device("cuda"))
-            _repeat(decode_call(inputs, decode_variants(inputs)[DEFAULT], kernel != DECODING[0]))
+            cache = decode_cache(inputs, kernel)
+            _repeat(partial(decode, inputs, cache, decode_variants(inputs)[DEFAULT]))
         else:
             Console().print(compare_decoding(kernel, few, torch.device("cuda"), seconds))
         return

@@ -46,17 +46,10 @@ def _is_transposed(kv_indices: Tensor | None, num_columns: int) -> bool:
     return is_faster_than_sort(kv_indices, num_columns)
 
 
-def _columns(
-    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int, with_order: bool, fill: bool
+def _sorted_columns(
+    kv_num_blocks: Tensor, kv_indices: Tensor, num_columns: int, with_order: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """offsets and rows of `block_lists.column_lists`; order of `column_order`, where asked for.
-
-    fill: entries past the last offset are valid numbers.
-    """
-    if _is_transposed(kv_indices, num_columns):
-        from entropy_attn.kernels.transposed_lists import transpose_lists
-
-        return transpose_lists(kv_num_blocks, kv_indices, num_columns, with_order, fill)
+    """offsets and rows of `block_lists.column_lists`; order of `column_order`, where asked for."""
     from entropy_attn.block_lists import column_order, column_rows
 
     offsets, order = column_order(kv_num_blocks, kv_indices, num_columns)
@@ -263,6 +256,7 @@ def attention_backward(
     from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
     from entropy_attn.kernels.launch import is_describable
+    from entropy_attn.kernels.transposed_lists import transpose_lists
 
     if grad_out is not None and not is_describable(grad_out):
         grad_out = grad_out.contiguous()  # that of a sum is expanded: the copy engine wants strides
@@ -280,16 +274,18 @@ def attention_backward(
     )
     columns = None
     num_columns = math.ceil(key.shape[2] / block_k)
+    is_transposed = _is_transposed(kv_indices, num_columns)
     if kv_indices is not None:
-        offsets, rows, order = _columns(
-            kv_num_blocks, kv_indices, num_columns, terms is not None,
-            fill=kernel == PORTABLE_BACKWARD,
-        )  # fmt: skip
+        asked = (kv_num_blocks, kv_indices, num_columns, terms is not None)
+        if is_transposed:
+            offsets, rows, order = transpose_lists(*asked, fill=kernel == PORTABLE_BACKWARD)
+        else:
+            offsets, rows, order = _sorted_columns(*asked)
         columns = offsets, rows
         if order is not None:
             by_row = terms[0].flatten(2)
             terms = terms[0], by_row.gather(2, order.expand(by_row.shape))
-    after_lists = terms is None and _is_transposed(kv_indices, num_columns)
+    after_lists = terms is None and is_transposed
     if kernel == HOPPER_BACKWARD:
         from entropy_attn.kernels.hopper.backward import hopper_backward
 

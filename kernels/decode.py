@@ -57,27 +57,26 @@ COUNTS = ("pack", "sharing", "splits", "stride_valid")
 
 @triton.jit
 def _listed_keys(
-    pointer, begin, end, start, kv_len, LISTED: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    pointer, begin, end, start, kv_len, kv_end, table, batch, stride_table,
+    LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N,) keys from the ``start``-th of slots [begin, end) on; kv_len past the end."""
+    """The keys from the ``start``-th of slots [begin, end) on.
+
+    Returns:
+        keys (BLOCK_N,), kv_len past the end; pages that they lie in, nothing of use without pages.
+    """
     places = start + tl.arange(0, BLOCK_N)
     slots = begin + places // BLOCK_K
     if LISTED:
         blocks = tl.load(pointer + slots, mask=slots < end, other=0)
     else:
         blocks = slots
-    return tl.where(slots < end, blocks * BLOCK_K + places % BLOCK_K, kv_len)
-
-
-@triton.jit
-def _pages(keys, kv_end, table, batch, stride_table, PAGE: tl.constexpr):
-    """(N,) pages that the keys lie in; nothing of use without pages."""
+    keys = tl.where(slots < end, blocks * BLOCK_K + places % BLOCK_K, kv_len)
     pages = keys
     if PAGE > 0:
         pages = tl.load(table + batch.to(tl.int64) * stride_table + keys // PAGE,
                         mask=keys < kv_end, other=0)  # fmt: skip
-    return pages
+    return keys, pages
 
 
 @triton.jit
@@ -148,17 +147,17 @@ def _split_kernel(
     mass = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
     if AHEAD:
-        keys = _listed_keys(list_pointer, begin, end, 0, kv_len, LISTED, BLOCK_K, BLOCK_N)
-        pages = _pages(keys, kv_end, table_ptr, batch, stride_table, PAGE)
+        keys, pages = _listed_keys(
+            list_pointer, begin, end, 0, kv_len, kv_end, table_ptr, batch, stride_table,
+            LISTED, BLOCK_K, BLOCK_N, PAGE,
+        )  # fmt: skip
     for start in range(0, (end - begin) * BLOCK_K, BLOCK_N):
-        if AHEAD:
-            next_keys = _listed_keys(
-                list_pointer, begin, end, start + BLOCK_N, kv_len, LISTED, BLOCK_K, BLOCK_N
-            )
-            next_pages = _pages(next_keys, kv_end, table_ptr, batch, stride_table, PAGE)
-        else:
-            keys = _listed_keys(list_pointer, begin, end, start, kv_len, LISTED, BLOCK_K, BLOCK_N)
-            pages = _pages(keys, kv_end, table_ptr, batch, stride_table, PAGE)
+        next_keys, next_pages = _listed_keys(
+            list_pointer, begin, end, start + AHEAD * BLOCK_N, kv_len, kv_end, table_ptr, batch,
+            stride_table, LISTED, BLOCK_K, BLOCK_N, PAGE,
+        )  # fmt: skip
+        if not AHEAD:
+            keys, pages = next_keys, next_pages
         places = _row_places(keys, pages, key_strides[0], key_strides[2], PAGE)
         pointers = key_base + places[:, None] + wide * key_strides[3]
         key = load_tile(pointers, keys, kv_end, HEAD_DIM, BLOCK_D, True)  # (N, D)
@@ -177,8 +176,7 @@ def _split_kernel(
         acc = acc * alpha[:, None]
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)  # (M, D)
         if AHEAD:
-            keys = next_keys
-            pages = next_pages
+            keys, pages = next_keys, next_pages
 
     alive = (mass != 0.0) & (row < q_end)  # what is NaN stays NaN
     safe_mass = tl.where(alive, mass, 1.0)
