@@ -114,7 +114,8 @@ def hopper_backward(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
 def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
     from entropy_attn.kernels.hopper.backward import hopper_backward_config
 
-    default = hopper_backward_config(inputs.case.head_dim)
+    case = inputs.case
+    default = hopper_backward_config(case.head_dim, -(-case.length // 128), case.is_causal)
     changes: dict[str, dict[str, Any]] = {
         "no turns" if default.turns else "turns": {"turns": not default.turns},
         "one stage": {"stages": 1},
@@ -205,22 +206,27 @@ def decode(inputs: decoding.Inputs, cache: Cache, config: Any) -> Tensor:
     )[0]  # fmt: skip
 
 
-def decode_variants(inputs: decoding.Inputs) -> dict[str, Any]:
-    from entropy_attn.kernels.decode import decode_config
+def decode_variants(inputs: decoding.Inputs, kernel: str) -> dict[str, Any]:
+    from entropy_attn.kernels.decode import adjacent_steps, decode_config
 
     query = inputs.query
-    default = decode_config(architecture(query.device), query.shape[3], query.element_size())
-    changes: dict[str, dict[str, Any]] = {
-        f"{block} keys, {warps} warps, {stages} stages" + ", lists read ahead" * ahead: {
-            "block_n": block, "num_warps": warps, "num_stages": stages, "ahead": ahead,
-        }
-        for block in (32, 64, 128)
-        for warps in (2, 4, 8)
-        for stages in (2, 3, 4, 5)
-        for ahead in (False, True)
-        # What fits, and is not far from the default.
-        if block * stages <= 320 and warps * 32 <= 2 * block
-    }  # fmt: skip
+    arch, block_k = architecture(query.device), inputs.mask.block_size[1]
+    page = decoding.PAGE if kernel == "decode-paged" else 0
+    copies = has_copy_engine(arch, inputs.key, inputs.value)
+    default = decode_config(arch, query.shape[3], query.element_size(), block_k, page, copies)
+    changes: dict[str, dict[str, Any]] = {}
+    for block, stages in ((32, 3), (32, 4), (32, 6), (64, 2), (64, 3), (64, 4), (128, 2)):
+        for descriptors in (False, True):
+            if descriptors and not (copies and adjacent_steps(block, block_k, page)):
+                continue
+            for ahead in (False, True):
+                for programs in (256, 384, 512):
+                    words = f"{block} keys, {stages} stages, {programs} programs"
+                    words += ", lists read ahead" * ahead + ", copy engine" * descriptors
+                    changes[words] = {
+                        "block_n": block, "num_stages": stages, "programs": programs,
+                        "ahead": ahead, "descriptors": descriptors,
+                    }  # fmt: skip
     return _others(default, changes)
 
 
@@ -245,7 +251,7 @@ def compare_decoding(
     """The same of a decoding kernel."""
     inputs = decoding.Inputs.of(case, device)
     cache = decode_cache(inputs, kernel)
-    configs = decode_variants(inputs)
+    configs = decode_variants(inputs, kernel)
     calls = {name: partial(decode, inputs, cache, config) for name, config in configs.items()}
     work = ("GB/s", inputs.read_bytes() / 1e6)
     title = f"{kernel}, {case.name}"
@@ -312,7 +318,7 @@ def main(
         if profile:
             inputs = decoding.Inputs.of(few, torch.device("cuda"))
             cache = decode_cache(inputs, kernel)
-            _repeat(partial(decode, inputs, cache, decode_variants(inputs)[DEFAULT]))
+            _repeat(partial(decode, inputs, cache, decode_variants(inputs, kernel)[DEFAULT]))
         else:
             Console().print(compare_decoding(kernel, few, torch.device("cuda"), seconds))
         return

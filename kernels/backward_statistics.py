@@ -33,7 +33,7 @@ from entropy_attn.kernels.primitives import (
 TILE = 8192
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "clear_count"))
+@triton.jit(do_not_specialize=LENGTHS)
 def _statistics_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, row_ptr, grad_row_ptr, block_ptr,
     grad_block_ptr, cross_ptr, statistics_ptr, cleared_ptr,

@@ -178,6 +178,7 @@ def _key_value_kernel(
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
+    q_blocks = tl.cdiv(q_len, BLOCK_Q)
     last_key = tile * BLOCK_N + BLOCK_N - 1
     if BLOCK_ENTROPY:
         last_key = tile * BLOCK_N // BLOCK_K * BLOCK_K + BLOCK_K - 1  # masses are of whole blocks
@@ -193,7 +194,7 @@ def _key_value_kernel(
             count = (tl.load(offset_base + 1) - begin).to(tl.int32)
             list_pointer = head_base(rows_ptr, batch, head, index_stride_b, index_stride_h) + begin
         else:
-            count = tl.cdiv(q_len, BLOCK_Q)
+            count = q_blocks
             list_pointer = rows_ptr
         first = 0
         last = count
@@ -204,13 +205,13 @@ def _key_value_kernel(
             # Blocks whose last query stands before the first key see nothing of the tile; those
             # whose first query stands at or after the last key see all of it.
             first = tl.maximum(tile * BLOCK_N - diagonal, 0) // BLOCK_Q
-            first = tl.minimum(last, count_below(list_pointer, count, first, LISTED))
+            first = tl.minimum(last, count_below(list_pointer, count, first, q_blocks, LISTED))
             clear = tl.cdiv(tl.maximum(last_key - diagonal, 0), BLOCK_Q)
-            clear = tl.minimum(last, count_below(list_pointer, count, clear, LISTED))
+            clear = tl.minimum(last, count_below(list_pointer, count, clear, q_blocks, LISTED))
         if HAS_WINDOW:
             reach = tl.maximum(last_key + window - diagonal, 0)
             reach = tl.cdiv(reach, BLOCK_Q)
-            last = tl.minimum(last, count_below(list_pointer, count, reach, LISTED))
+            last = tl.minimum(last, count_below(list_pointer, count, reach, q_blocks, LISTED))
             clear = last
         clear = tl.maximum(clear, first)
 

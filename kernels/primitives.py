@@ -116,16 +116,21 @@ def list_base(
 
 
 @triton.jit
-def count_below(pointer, count, limit, LISTED: tl.constexpr, CHUNK: tl.constexpr = 128):
-    """How many entries of an ascending list are < limit. Not listed: every block is an entry."""
+def count_below(pointer, count, limit, total, LISTED: tl.constexpr, CHUNK: tl.constexpr = 128):
+    """How many entries of an ascending list of ``total`` blocks are < limit.
+
+    Not listed: every block is an entry.
+    """
+    below = tl.maximum(limit, 0)
     if LISTED:
-        below = 0
-        for start in range(0, count, CHUNK):
+        # At most total - limit entries are not: near the end of long lists few have to be read.
+        certain = tl.maximum(count - tl.maximum(total - below, 0), 0)
+        most = tl.minimum(count, below)
+        below = certain
+        for start in range(certain, most, CHUNK):
             slots = start + tl.arange(0, CHUNK)
-            entries = tl.load(pointer + slots, mask=slots < count, other=2147483647)
+            entries = tl.load(pointer + slots, mask=slots < most, other=2147483647)
             below += tl.sum((entries < limit).to(tl.int32), 0)
-    else:
-        below = tl.maximum(limit, 0)
     return below
 
 
@@ -153,25 +158,28 @@ def visited_blocks(
     Entries before ``first`` lie outside the window, entries from ``last`` on after the diagonal
     or the last valid key. With a window every visited block is masked: [first, first) is full.
     """
-    if LISTED:
-        total = count
-    else:
-        total = tl.cdiv(kv_len, BLOCK_K)
+    total = tl.cdiv(kv_len, BLOCK_K)
     first = 0
     last = total
-    full = total
-    if MAY_CUT:
-        last = tl.minimum(last, count_below(pointer, count, tl.cdiv(kv_end, BLOCK_K), LISTED))
-        full = tl.minimum(last, count_below(pointer, count, kv_end // BLOCK_K, LISTED))
-    if IS_CAUSAL:
-        # Floor division of a negative number rounds to zero in Triton, hence the maximum.
-        reach = tl.maximum(last_position + BLOCK_K, 0) // BLOCK_K
-        last = tl.minimum(last, count_below(pointer, count, reach, LISTED))
-        clear = tl.maximum(first_position + 1, 0) // BLOCK_K
-        full = tl.minimum(full, count_below(pointer, count, clear, LISTED))
+    if LISTED:
+        last = count
+    full = last
+    if MAY_CUT or IS_CAUSAL:
+        # Blocks before ``reach`` are seen by a query, those before ``clear`` by all of them.
+        reach = total
+        clear = total
+        if MAY_CUT:
+            reach = tl.cdiv(kv_end, BLOCK_K)
+            clear = kv_end // BLOCK_K
+        if IS_CAUSAL:
+            # Floor division of a negative number rounds to zero in Triton, hence the maximum.
+            reach = tl.minimum(reach, tl.maximum(last_position + BLOCK_K, 0) // BLOCK_K)
+            clear = tl.minimum(clear, tl.maximum(first_position + 1, 0) // BLOCK_K)
+        last = count_below(pointer, count, reach, total, LISTED)
+        full = tl.minimum(last, count_below(pointer, count, clear, total, LISTED))
     if HAS_WINDOW:
         out_of_reach = tl.maximum(first_position - window + 1, 0) // BLOCK_K
-        first = tl.minimum(last, count_below(pointer, count, out_of_reach, LISTED))
+        first = tl.minimum(last, count_below(pointer, count, out_of_reach, total, LISTED))
         full = first
     return first, full, last
 

@@ -17,6 +17,8 @@ from entropy_attn.benchmarks.suites import decode as suite
 from entropy_attn.kernels.decode import (
     FEW_QUERIES,
     DecodeConfig,
+    adjacent_steps,
+    decode_config,
     heads_a_tile,
     split_forward,
 )
@@ -311,9 +313,11 @@ def test_the_suite_runs_and_checks(tmp_path, monkeypatch):
     context = Context(torch.device("cpu"), quick=False, out=tmp_path)
     rows = {row.config["contestant"]: row.result for row in suite.run(context)}
     assert {name: result["status"] for name, result in rows.items()} == {
-        suite.OURS: "ok", suite.PAGED: "ok", suite.COPY: "ok",
+        suite.OURS: "ok", suite.PAGED: "ok", suite.COPY: "ok", suite.SMALL_COPY: "ok",
     }  # fmt: skip
-    assert rows[suite.OURS]["bandwidth"] > 0
+    ours, copy = rows[suite.OURS], rows[suite.SMALL_COPY]
+    assert ours["bandwidth"] > 0
+    assert ours["of_copy"] == copy["median_ms"] / ours["median_ms"]
     wrong = lambda *args, **options: torch.zeros_like(args[0])  # noqa: E731
     monkeypatch.setattr(ea, "paged_attention", wrong, raising=False)
     rows = {row.config["contestant"]: row.result for row in suite.run(context)}
@@ -331,21 +335,44 @@ def test_bytes_are_those_of_the_listed_blocks():
 @pytest.mark.parametrize("block", [16, 64, 256])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_lists_read_ahead_change_nothing(block: int, paged: bool, density: float, device: str):
+def test_how_keys_are_fetched_changes_nothing(block: int, paged: bool, density: float, device: str):
     """The same bits; steps of a part of a block, of one block and of several."""
-    case = suite.Case(2, 1024, density, 4, 2, head_dim=32, block=block, dtype="float32")
+    case = suite.Case(2, 1024, density, 4, 2, head_dim=64, block=block, dtype="float16")
     inputs = suite.Inputs.of(case, torch.device(device))
+    for tensor in (inputs.key, inputs.value):
+        tensor[1, :, 333:] = float("nan")
     key, value, table = inputs.pages() if paged else (inputs.key, inputs.value, None)
     mask = inputs.mask
     lens = torch.tensor([1024, 333], dtype=torch.int32, device=device)
 
-    def run(ahead: bool):
-        config = DecodeConfig(64, 4, 3, ahead)
+    def run(**changes):
+        config = replace(DecodeConfig(32, 4, 3), **changes)
         return split_forward(
             inputs.query, key, value, mask.kv_num_blocks, mask.kv_indices, lens, None,
             mask.block_size, True, 0, 0.2, table, config=config,
         )  # fmt: skip
 
-    for found, expected in zip(run(True), run(False), strict=True):
-        assert expected.any()
-        assert torch.equal(found, expected)
+    expected = run()
+    assert all(x.any() and not x.isnan().any() for x in expected)
+    ways = [{"ahead": True}]
+    if adjacent_steps(32, block, suite.PAGE if paged else 0):
+        ways += [{"descriptors": True}, {"descriptors": True, "ahead": True}]
+    assert len(ways) == (1 if block == 16 else 3)
+    for way in ways:
+        for found, wanted in zip(run(**way), expected, strict=True):
+            assert torch.equal(found, wanted), way
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize("page", [0, 16, 24, 64, 256])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_the_copy_engine_takes_adjacent_keys_only(arch, page, block, head_dim):
+    for itemsize in (2, 4):
+        config = decode_config(arch, head_dim, itemsize, block, page, arch == "sm90")
+        assert config.block_n >= 16
+        if config.descriptors:
+            assert (arch, itemsize) == ("sm90", 2)
+            assert adjacent_steps(config.block_n, block, page)
+    common = decode_config("sm90", 128, 2, 64, page, True)
+    assert common.descriptors == (page in (0, 64, 256))

@@ -226,12 +226,12 @@ def test_rounding_waits_for_what_is_added():
         memory.zero_()
     adding, rounding = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(rounding):
-        round_last(sums, counters, out, units)
-    with torch.cuda.stream(adding):
+    with torch.cuda.stream(adding):  # first, as a kernel that is loaded waits for one that polls
         torch.cuda._sleep(20_000_000)  # some 10 ms
         sums.copy_(values)
         counters.fill_(units.programs)
+    with torch.cuda.stream(rounding):
+        round_last(sums, counters, out, units)
     torch.cuda.synchronize()
     first = (units.count - units.lead) * units.rows
     assert torch.equal(out.view(-1, 64)[first:], values.view(-1, 64)[first:].bfloat16())

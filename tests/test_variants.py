@@ -54,8 +54,8 @@ def test_configurations_of_decoding(kernel, monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     others = variants.decode_variants
 
-    def some(inputs):
-        found = others(inputs)
+    def some(inputs, kernel):
+        found = others(inputs, kernel)
         assert len(found) == len(set(found.values())) > 20
         return {name: found[name] for name in (variants.DEFAULT, list(found)[-1])}
 

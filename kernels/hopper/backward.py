@@ -295,6 +295,8 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             step += 1
         member += 1
         begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
+    # Asked for once more, as it would be on the stack, and spill more, if kept all the time.
+    batch, kv_head, key_start, _, _, _ = columns.place()
     start = key_start + WARPGROUP * KEYS
     ENDS_FIRST: gl.constexpr = columns.TURNS and WARPGROUP == 0  # the other is half a step behind
     if ENDS_FIRST:
@@ -502,10 +504,11 @@ def hopper_backward(
         return torch.zeros_like(query), grad_key.zero_(), grad_value.zero_()
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    config = config or hopper_backward_config(query.shape[3])
+    kv_tiles = ceil_div(key.shape[2], BLOCK_N.value)
+    config = config or hopper_backward_config(query.shape[3], kv_tiles, is_causal)
     multiprocessors, _ = device_limits(query.get_device())
     units = divide(
-        key.shape[0] * key.shape[1], ceil_div(key.shape[2], BLOCK_N.value),
+        key.shape[0] * key.shape[1], kv_tiles,
         query.shape[1] // key.shape[1] * query.shape[2],
         int(config.unit * multiprocessors), config.lead,
     )  # fmt: skip

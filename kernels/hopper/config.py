@@ -70,8 +70,13 @@ class HopperBackwardConfig:
     lead: int = 2
 
 
-def hopper_backward_config(head_dim: int) -> HopperBackwardConfig:
-    """The default."""
+def hopper_backward_config(
+    head_dim: int, kv_tiles: int = 1, is_causal: bool = False
+) -> HopperBackwardConfig:
+    """The default; kv_tiles are the programs of a head of keys."""
+    # Columns of causal masks are of very different lengths, and end together in larger units only.
+    # Those cost more where there are few programs.
+    unit = 1.0 if is_causal and kv_tiles >= 64 else 0.5
     if head_dim > 64:
-        return HopperBackwardConfig(64, 2, turns=False)
-    return HopperBackwardConfig(128, 2, turns=True)
+        return HopperBackwardConfig(64, 2, turns=False, unit=unit)
+    return HopperBackwardConfig(128, 2, turns=True, unit=unit)

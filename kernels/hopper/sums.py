@@ -273,7 +273,7 @@ def allocate(query: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
     return memory[counters:].view(query.shape), memory[:counters].view(torch.int32), cleared
 
 
-@triton.jit(do_not_specialize=("first", "end", "unit_size", "units", "programs", "last_programs"))
+@triton.jit(do_not_specialize=("unit_size", "units", "programs", "last_programs"))
 def _round_kernel(
     sums_ptr, out_ptr, counters_ptr, first, end, unit_size, units, programs, last_programs,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
