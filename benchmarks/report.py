@@ -315,12 +315,12 @@ def _decode(store: Store) -> str:
                 r.config["contestant"],
                 f"{r.result['median_ms']:.3f}",
                 f"{r.result['bandwidth']:.0%}",
-                f"{r.result['of_copy']:.0%}" if "of_copy" in r.result else "–",
+                f"{r.result['of_sum']:.0%}" if "of_sum" in r.result else "–",
             ]
             for r in records
             if "bandwidth" in r.result
         ]
-        return markdown(["case", "by", "ms", "bandwidth", "of a copy of as many bytes"], rows)
+        return markdown(["case", "by", "ms", "bandwidth", "of a sum of as many bytes"], rows)
 
     return per_machine(store, "decode", table)
 

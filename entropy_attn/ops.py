@@ -150,9 +150,18 @@ def attention_forward(
     values there is no output, and no row and block entropy.
     """
     heads = query.shape[1]
-    shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
-    lists = (_a_list_each(kv_num_blocks, heads), _a_list_each(kv_indices, heads), kv_lens, q_lens)
     geometry = ((block_q, block_k), is_causal, window, scale)
+    kernel = None
+    if backend != "reference" and value is not None:
+        entropies = row_entropy or block_entropy
+        kernel, _ = forward_kernel(
+            query, key, value, (block_q, block_k), window, scale, entropy=entropies
+        )
+    shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
+    if kernel != DECODE or tile_entropy:  # that kernel takes lists that heads share as they are
+        kv_num_blocks = _a_list_each(kv_num_blocks, heads)
+        kv_indices = _a_list_each(kv_indices, heads)
+    lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     mass = tile = query.new_empty(0, dtype=statistics_dtype(query.dtype))
     if backend == "reference":
         problem = reference.Problem(*lists, *geometry)
@@ -168,9 +177,6 @@ def attention_forward(
             query, key, None, *lists, *geometry, keep_mass, by_slot=True, return_lse=True
         )
         return query.new_empty(0), lse, *nothing, tile, mass
-    kernel, _ = forward_kernel(
-        query, key, value, (block_q, block_k), window, scale, entropy=row_entropy or block_entropy
-    )
     if kernel == DECODE:
         from entropy_attn.kernels.decode import split_forward
 

@@ -232,9 +232,8 @@ def _split_kernel(
         q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
         IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
     )  # fmt: skip
-    share = tl.cdiv(last - first, splits)
-    begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    begin = first + (last - first) * split // splits
+    end = first + (last - first) * (split + 1) // splits
     full = tl.maximum(tl.minimum(full, end), begin)
     if HAS_VALID:
         full = begin
