@@ -261,7 +261,7 @@ def attention_backward(
         return reference.attention_backward(*grads, query, key, value, out, lse, problem)
     from entropy_attn.kernels.backward_statistics import row_statistics
     from entropy_attn.kernels.block_sparse_backward import block_sparse_backward
-    from entropy_attn.kernels.launch import is_describable
+    from entropy_attn.kernels.launch import adjacent_lists, is_describable
     from entropy_attn.kernels.transposed_lists import transpose_lists
 
     if grad_out is not None and not is_describable(grad_out):
@@ -284,6 +284,8 @@ def attention_backward(
     if kv_indices is not None:
         asked = (kv_num_blocks, kv_indices, num_columns, terms is not None)
         if is_transposed:
+            # Copied here if at all: the statistics may get what is freed while it is still read.
+            asked = (*adjacent_lists(*asked[:2]), *asked[2:])
             offsets, rows, order = transpose_lists(*asked, fill=kernel == PORTABLE_BACKWARD)
         else:
             offsets, rows, order = _sorted_columns(*asked)

@@ -50,15 +50,16 @@ def _statistics_kernel(
     +inf and 0: their P is 0, so that the other kernels need no masks for them.
 
     NEGATIVE: -delta instead. CLEARS: programs also fill clear_count numbers with 0, each its share.
-    AFTER_LISTS: nothing that is read here was written by a launch that may still run, as that of
-    the transposed lists let others begin when it had waited itself. So this one reads first, and
-    waits before it writes: what it writes to may be memory that those launches still use.
+    AFTER_LISTS: what is read and written here is nothing to the launches that may still run, those
+    of the transposed lists and of the order; all before them have ended, as that of the lists let
+    others begin when it had waited itself. So this one need not wait for them, but for whoever is
+    next, who waits for this launch alone.
     """
     if not AFTER_LISTS:
         wait_for_last(OVERLAP)
+    may_start_next(OVERLAP)
     batch, head, tile = program_tile(q_tiles, heads, False)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
-    delta = tl.zeros([BLOCK_M], tl.float32)
     if HAS_OUT:
         out_base = head_base(out_ptr, batch, head, out_strides[0], out_strides[1])
         out_pointers = out_base + tile_offsets(rows, out_strides[2], BLOCK_D, out_strides[3])
@@ -68,6 +69,15 @@ def _statistics_kernel(
         )
         out = load_tile(out_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
         grad = load_tile(grad_pointers, rows, q_len, HEAD_DIM, BLOCK_D, True)  # (M, D)
+    if CLEARS:  # while the rows are on their way
+        CHUNK: tl.constexpr = 1024
+        share = tl.cdiv(tl.cdiv(clear_count, tl.num_programs(0)), CHUNK) * CHUNK
+        first = tl.program_id(0).to(tl.int64) * share
+        for start in range(0, share, CHUNK):
+            place = first + start + tl.arange(0, CHUNK)
+            tl.store(cleared_ptr + place, tl.zeros([CHUNK], tl.float32), mask=place < clear_count)
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_OUT:
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     batch_head = (batch * heads + head).to(tl.int64)
     at = batch_head * q_len + rows
@@ -90,9 +100,6 @@ def _statistics_kernel(
     if NEGATIVE:
         delta = -delta
 
-    if AFTER_LISTS:
-        wait_for_last(OVERLAP)
-    may_start_next(OVERLAP)
     tl.store(target, tl.where(empty, float("inf"), lse * LOG2_E))
     tl.store(target + padded_len, tl.where(empty, 0.0, delta))
     if ROW_ENTROPY:
@@ -100,13 +107,8 @@ def _statistics_kernel(
     if BLOCK_ENTROPY:
         grad_block = tl.where(empty, 0.0, grad_block * LN_2)
         tl.store(target + (2 + ROW_ENTROPY) * padded_len, grad_block)
-    if CLEARS:
-        CHUNK: tl.constexpr = 1024
-        share = tl.cdiv(tl.cdiv(clear_count, tl.num_programs(0)), CHUNK) * CHUNK
-        first = tl.program_id(0).to(tl.int64) * share
-        for start in range(0, share, CHUNK):
-            place = first + start + tl.arange(0, CHUNK)
-            tl.store(cleared_ptr + place, tl.zeros([CHUNK], tl.float32), mask=place < clear_count)
+    if AFTER_LISTS:
+        wait_for_last(OVERLAP)
 
 
 def row_statistics(
@@ -136,7 +138,8 @@ def row_statistics(
         cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
         negative: return -delta.
         cleared: contiguous fp32 that is filled with 0 by the way, or None.
-        after_lists: since the launch of `transposed_lists` there was none but `backward_order`.
+        after_lists: since the launch of `transposed_lists` there was none but `backward_order`, and
+            no tensor that either of them uses was freed.
 
     Returns:
         (B, Hq, R, padded Nq) fp32: lse in base 2, delta or -delta, then what belongs to

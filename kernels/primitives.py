@@ -175,7 +175,7 @@ def visited_blocks(
             # Floor division of a negative number rounds to zero in Triton, hence the maximum.
             reach = tl.minimum(reach, tl.maximum(last_position + BLOCK_K, 0) // BLOCK_K)
             clear = tl.minimum(clear, tl.maximum(first_position + 1, 0) // BLOCK_K)
-        last = count_below(pointer, count, reach, total, LISTED)
+        last = tl.minimum(last, count_below(pointer, count, reach, total, LISTED))
         full = tl.minimum(last, count_below(pointer, count, clear, total, LISTED))
     if HAS_WINDOW:
         out_of_reach = tl.maximum(first_position - window + 1, 0) // BLOCK_K

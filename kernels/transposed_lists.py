@@ -79,7 +79,7 @@ def _transpose_kernel(
     FEW_ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FEW_ROWS: a step takes all of them, and what it found is kept for the second look."""
-    # In this order: the statistics, which may begin then, read before they wait.
+    # In this order: the statistics, which may begin then, do not wait for what came before.
     wait_for_last(OVERLAP)
     may_start_next(OVERLAP)
     batch, head, tile = program_tile(tiles, heads, False)

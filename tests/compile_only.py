@@ -194,18 +194,23 @@ def unused_barriers(ttgir: str) -> list[str]:
     return found
 
 
-# Ahead of waiting for the launch before, these must not: write at all, as memory may still be in
-# use there; let the next launch begin, which reads early what the one before them wrote.
-WAIT_FIRST = {
-    "_statistics_kernel": r"\bst\.global|\b(?:red|atom)\.",
-    "_transpose_kernel": r"griddepcontrol\.launch_dependents|\b(?:ld|st)\.global",
-}
+ACCESSES = r"\b(?:ld|st)\.global|\b(?:red|atom)\."
 
 
 def touched_early(kernel: str, ptx: str) -> list[str]:
-    """What of `WAIT_FIRST` a kernel has ahead of its wait, where it is one that waits."""
-    before, wait, _ = ptx.partition("griddepcontrol.wait")
-    return re.findall(WAIT_FIRST[kernel], before) if wait and kernel in WAIT_FIRST else []
+    """What a kernel does before it waits for the launch ahead, where it must not.
+
+    The transposed lists: anything, as the statistics, which may then begin, rely on its wait. The
+    statistics: some of their reads and writes; they do all of them before, or none.
+    """
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    if not wait:
+        return []
+    if kernel == "_transpose_kernel":
+        return re.findall(rf"griddepcontrol\.launch_dependents|{ACCESSES}", before)
+    if kernel == "_statistics_kernel" and re.search(ACCESSES, after):
+        return re.findall(ACCESSES, before)
+    return []
 
 
 def compiled_kernels(arch: str, cases: tuple[Any, ...] = ()) -> Iterator[Compiled | LeftOut]:

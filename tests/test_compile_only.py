@@ -108,8 +108,10 @@ def test_unused_barriers_are_found():
 def test_what_a_kernel_does_too_early_is_found():
     wait, write = "griddepcontrol.wait;\n", "st.global.b32 [%rd1], %r1;\n"
     begin = "griddepcontrol.launch_dependents;\n"
-    assert touched_early("_statistics_kernel", "ld.global.b32 %r1, [%rd1];\n" + wait + write) == []
-    assert touched_early("_statistics_kernel", write + wait) == ["st.global"]
+    read = "ld.global.b32 %r1, [%rd1];\n"
+    assert touched_early("_statistics_kernel", read + begin + write + wait) == []
+    assert touched_early("_statistics_kernel", wait + read + write) == []
+    assert touched_early("_statistics_kernel", read + wait + write) == ["ld.global"]
     assert touched_early("_transpose_kernel", wait + begin + write) == []
     assert touched_early("_transpose_kernel", begin + wait + write) == [begin.strip(";\n")]
     assert touched_early("_transpose_kernel", write) == []  # it does not wait: no launch overlaps

@@ -98,7 +98,7 @@ def _order_kernel(
     HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    # Whoever is next writes nothing before it has waited, and reads nothing that may still change.
+    # Whoever is next touches nothing that this launch or the last one uses before it has waited.
     may_start_next(OVERLAP)
     wait_for_last(OVERLAP)
     count_strides = count_stride_b, count_stride_h, count_stride_t
