@@ -25,15 +25,20 @@ COVER_CYCLES = 2_000_000
 
 @dataclass(frozen=True)
 class Timing:
-    """Statistics of one contestant over the rounds, in milliseconds."""
+    """Statistics of one contestant over the rounds, in milliseconds.
+
+    Attributes:
+        emptied: how the L2 cache was emptied before a call: "read"; None where it was not.
+    """
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     rounds: int
+    emptied: str | None = None
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
+    def of(cls, samples: Sequence[float], emptied: str | None = None) -> Timing:
         ordered = sorted(samples)
         last = len(ordered) - 1
         return cls(
@@ -41,10 +46,12 @@ class Timing:
             p20_ms=ordered[round(0.2 * last)],
             p80_ms=ordered[round(0.8 * last)],
             rounds=len(ordered),
+            emptied=emptied,
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For records, of which those up to a96b792 emptied the cache by writing and do not say."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def measure(
@@ -88,7 +95,7 @@ def measure(
         for name in draw.sample(names, len(names)):
             calls = contestants[name]
             clock.time(name, calls[turn % len(calls)])
-    return {name: Timing.of(samples) for name, samples in clock.collect().items()}
+    return {name: Timing.of(samples, clock.emptied) for name, samples in clock.collect().items()}
 
 
 def _warm_up(
@@ -105,6 +112,8 @@ def _warm_up(
 
 class _WallClock:
     """Times calls that have done their work when they return."""
+
+    emptied: str | None = None
 
     def __init__(self) -> None:
         self._samples: dict[str, list[float]] = {}
@@ -125,6 +134,8 @@ class _WallClock:
 class _GpuClock:
     """Times calls with CUDA events; the host runs ahead and waits once, in `collect`."""
 
+    emptied: str | None = None
+
     def __init__(self) -> None:
         self._events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self._flush: torch.Tensor | None = None
@@ -132,6 +143,7 @@ class _GpuClock:
     def choose_mode(self, shortest_ms: float) -> None:
         if shortest_ms < SHORT_CALL_MS:
             cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+            self.emptied = "read"
             self._flush = torch.zeros(cache_bytes, dtype=torch.float32, device="cuda")
 
     def time(self, name: str, call: Callable[[], object]) -> None:

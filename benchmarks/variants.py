@@ -115,7 +115,7 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
     from entropy_attn.kernels.hopper.backward import hopper_backward_config
 
     case = inputs.case
-    default = hopper_backward_config(case.head_dim, -(-case.length // 128), case.is_causal)
+    default = hopper_backward_config(case.head_dim, case.num_blocks, case.is_causal)
     changes: dict[str, dict[str, Any]] = {
         "no turns" if default.turns else "turns": {"turns": not default.turns},
         "one stage": {"stages": 1},

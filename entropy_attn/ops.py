@@ -158,10 +158,11 @@ def attention_forward(
             query, key, value, (block_q, block_k), window, scale, entropy=entropies
         )
     shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
-    if kernel != DECODE or tile_entropy:  # that kernel takes lists that heads share as they are
-        kv_num_blocks = _a_list_each(kv_num_blocks, heads)
-        kv_indices = _a_list_each(kv_indices, heads)
-    lists = (kv_num_blocks, kv_indices, kv_lens, q_lens)
+    if kernel == DECODE and not tile_entropy:
+        lists = shared  # that kernel takes lists that heads share as they are
+    else:
+        counts, indices = (_a_list_each(x, heads) for x in shared[:2])
+        lists = (counts, indices, kv_lens, q_lens)
     mass = tile = query.new_empty(0, dtype=statistics_dtype(query.dtype))
     if backend == "reference":
         problem = reference.Problem(*lists, *geometry)
@@ -282,13 +283,16 @@ def attention_backward(
     num_columns = math.ceil(key.shape[2] / block_k)
     is_transposed = _is_transposed(kv_indices, num_columns)
     if kv_indices is not None:
-        asked = (kv_num_blocks, kv_indices, num_columns, terms is not None)
+        with_order = terms is not None
         if is_transposed:
-            # Copied here if at all: the statistics may get what is freed while it is still read.
-            asked = (*adjacent_lists(*asked[:2]), *asked[2:])
-            offsets, rows, order = transpose_lists(*asked, fill=kernel == PORTABLE_BACKWARD)
+            # Kept until the statistics are launched: those may get the memory of what is freed.
+            counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
+            fill = kernel == PORTABLE_BACKWARD
+            offsets, rows, order = transpose_lists(counts, indices, num_columns, with_order, fill)
         else:
-            offsets, rows, order = _sorted_columns(*asked)
+            offsets, rows, order = _sorted_columns(
+                kv_num_blocks, kv_indices, num_columns, with_order
+            )
         columns = offsets, rows
         if order is not None:
             by_row = terms[0].flatten(2)

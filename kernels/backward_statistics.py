@@ -33,6 +33,7 @@ from entropy_attn.kernels.primitives import (
 TILE = 8192
 
 
+# clear_count is specialised, and so written 16 bytes at a time where it is a multiple of 16.
 @triton.jit(do_not_specialize=LENGTHS)
 def _statistics_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, row_ptr, grad_row_ptr, block_ptr,
@@ -137,7 +138,8 @@ def row_statistics(
         grad_lse, grad_row, grad_block: (B, Hq, Nq) fp32 of any strides, or None.
         cross: (B, Hq, Nq), sum_B P_iB g_AB of the tile entropies, or None.
         negative: return -delta.
-        cleared: contiguous fp32 that is filled with 0 by the way, or None.
+        cleared: contiguous fp32 at a multiple of 16 bytes, which is filled with 0 by the way, or
+            None.
         after_lists: since the launch of `transposed_lists` there was none but `backward_order`, and
             no tensor that either of them uses was freed.
 

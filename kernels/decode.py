@@ -58,8 +58,9 @@ LEAST_KEYS = 256
 MOST_SPLITS = 128
 # Rows of a tile; more would spill.
 MOST_ROWS = 64
-# Bytes of keys a step where the copy engine fetches them, and where threads gather them.
-FETCHED, GATHERED = 16384, 8192
+# Bytes of keys a step: where the copy engine fetches them, or nothing else was measured, and where
+# threads gather them.
+WIDE_STEP, NARROW_STEP = 16384, 8192
 MOST_KEYS = 64
 # Entries of partial outputs that are added up at a time.
 COMBINED = 8192
@@ -138,7 +139,10 @@ def _visit_keys(
     HAS_VALID: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr, DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the blocks in slots [begin, end) of the list into the running softmax."""
+    """Fold the blocks in slots [begin, end) of the list into the running softmax.
+
+    Not MASKED: they make whole steps, and all queries see all of their keys.
+    """
     lane = tl.arange(0, BLOCK_N)
     places = lane
     if DESCRIPTORS:
@@ -232,10 +236,11 @@ def _split_kernel(
         q_end, kv_end, kv_len, window, BLOCK_Q, BLOCK_Q, BLOCK_K,
         IS_CAUSAL, HAS_WINDOW, LISTED, MAY_CUT, HAS_Q_LENS,
     )  # fmt: skip
-    begin = first + (last - first) * split // splits
-    end = first + (last - first) * (split + 1) // splits
+    share, rest = (last - first) // splits, (last - first) % splits
+    begin = first + split * share + tl.minimum(split, rest)
+    end = begin + share + (split < rest).to(tl.int32)
     full = tl.maximum(tl.minimum(full, end), begin)
-    if HAS_VALID:
+    if HAS_VALID or HAS_WINDOW:
         full = begin
     if BLOCK_N > BLOCK_K:
         # A step takes whole groups of blocks; what is left over joins the masked phase.
@@ -243,13 +248,14 @@ def _split_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     maximum = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-    acc, mass, maximum = _visit_keys(
-        acc, mass, maximum, query, positions, batch, kv_head, key_source, value_source,
-        key_strides, value_strides, list_pointer, begin, full, kv_len, kv_end, window, scale_log2,
-        table_ptr, stride_table, valid_ptr, stride_valid,
-        HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, PAGE, IS_CAUSAL, HAS_WINDOW, LISTED, HAS_VALID,
-        False, AHEAD, DESCRIPTORS, PRECISION,
-    )  # fmt: skip
+    if not (HAS_VALID or HAS_WINDOW):
+        acc, mass, maximum = _visit_keys(
+            acc, mass, maximum, query, positions, batch, kv_head, key_source, value_source,
+            key_strides, value_strides, list_pointer, begin, full, kv_len, kv_end, window,
+            scale_log2, table_ptr, stride_table, valid_ptr, stride_valid,
+            HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_N, PAGE, IS_CAUSAL, HAS_WINDOW, LISTED, HAS_VALID,
+            False, AHEAD, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
     acc, mass, maximum = _visit_keys(
         acc, mass, maximum, query, positions, batch, kv_head, key_source, value_source,
         key_strides, value_strides, list_pointer, full, end, kv_len, kv_end, window, scale_log2,
@@ -337,14 +343,14 @@ def decode_config(
         return min(MOST_KEYS, max(16, tile_bytes // row_bytes))
 
     if not arch.startswith("sm"):
-        return DecodeConfig(keys(FETCHED), num_warps=4, num_stages=2)
+        return DecodeConfig(keys(WIDE_STEP), num_warps=4, num_stages=2)
     if itemsize != 2:
-        return DecodeConfig(keys(FETCHED), num_warps=4, num_stages=3)
-    block_n = math.gcd(keys(FETCHED), block_k, page)
-    if copy_engine and block_n * row_bytes >= GATHERED:
-        num_stages = 2 if block_n * row_bytes >= FETCHED else 3
+        return DecodeConfig(keys(WIDE_STEP), num_warps=4, num_stages=3)
+    block_n = math.gcd(keys(WIDE_STEP), block_k, page)
+    if copy_engine and block_n * row_bytes >= NARROW_STEP:
+        num_stages = 2 if block_n * row_bytes >= WIDE_STEP else 3
         return DecodeConfig(block_n, 4, num_stages, ahead=True, descriptors=True, programs=384)
-    return DecodeConfig(keys(GATHERED), 4, 3, ahead=True, programs=384)
+    return DecodeConfig(keys(NARROW_STEP), 4, 3, ahead=True, programs=384)
 
 
 def adjacent_steps(block_n: int, block_k: int, page: int) -> bool:
@@ -353,7 +359,7 @@ def adjacent_steps(block_n: int, block_k: int, page: int) -> bool:
 
 
 def split_count(programs: int, keys: int, wanted: int) -> int:
-    """Over how many programs the keys of each of some programs are split, the same on every GPU."""
+    """Over how many programs the keys of each of some programs are split, to have those wanted."""
     splits = ceil_div(wanted, max(1, programs))
     return max(1, min(splits, ceil_div(keys, LEAST_KEYS), MOST_SPLITS))
 

@@ -117,9 +117,9 @@ def list_base(
 
 @triton.jit
 def count_below(pointer, count, limit, total, LISTED: tl.constexpr, CHUNK: tl.constexpr = 128):
-    """How many entries of an ascending list of ``total`` blocks are < limit.
+    """How many entries of an ascending list, of ``count`` of ``total`` blocks, are < limit.
 
-    Not listed: every block is an entry.
+    Not listed: every block is an entry, and there is no end of them.
     """
     below = tl.maximum(limit, 0)
     if LISTED:

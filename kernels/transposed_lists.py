@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_attn.kernels.launch import adjacent_lists, ceil_div, list_strides, overlapping
+from entropy_attn.kernels.launch import ceil_div, list_strides, overlapping
 from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import (
     head_base,
@@ -150,7 +150,9 @@ def transpose_lists(
     """Launch the kernel.
 
     Args:
-        counts: (B, H, Mq) int32. indices: (B, H, Mq, W) int32. Of any strides.
+        counts: (B, H, Mq) int32. indices: (B, H, Mq, W) int32, the entries of a list adjacent
+            (`launch.adjacent_lists`), else of any strides. The caller keeps both until the launch
+            for the statistics, which may get the memory of what is freed while this one reads.
         num_columns: Mk.
         with_order: whether to return the last result.
         fill: entries past the last offset are 0; else they are not written.
@@ -172,7 +174,7 @@ def transpose_lists(
     order = torch.zeros_like(rows, dtype=torch.int64) if with_order else None
     if indices.numel() == 0 or num_columns == 0:
         return offsets.zero_(), rows.zero_(), order
-    counts, indices = adjacent_lists(counts, indices)
+    assert indices.shape[-1] <= 1 or indices.stride(-1) == 1, "a copy would be freed too early"
     launch = _plan_transposition(counts, indices, num_columns, offset_type, with_order)
     launch(counts, indices, offsets, rows, order)
     return offsets, rows, order

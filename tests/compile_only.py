@@ -195,19 +195,22 @@ def unused_barriers(ttgir: str) -> list[str]:
 
 
 ACCESSES = r"\b(?:ld|st)\.global|\b(?:red|atom)\."
+BEGIN, WAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
+WAIT_FIRST = "_transpose_kernel", "_split_kernel", "_combine_kernel", "_backward_kernel"
 
 
 def touched_early(kernel: str, ptx: str) -> list[str]:
     """What a kernel does before it waits for the launch ahead, where it must not.
 
-    The transposed lists: anything, as the statistics, which may then begin, rely on its wait. The
-    statistics: some of their reads and writes; they do all of them before, or none.
+    Any kernel: letting the next launch begin and never waiting, as that one relies on it. Those of
+    `WAIT_FIRST`: anything. The statistics: some of their reads and writes; all of them come before
+    the wait, or none.
     """
-    before, wait, after = ptx.partition("griddepcontrol.wait")
+    before, wait, after = ptx.partition(WAIT)
     if not wait:
-        return []
-    if kernel == "_transpose_kernel":
-        return re.findall(rf"griddepcontrol\.launch_dependents|{ACCESSES}", before)
+        return [BEGIN] if BEGIN in ptx else []
+    if kernel in WAIT_FIRST:
+        return re.findall(f"{re.escape(BEGIN)}|{ACCESSES}", before)
     if kernel == "_statistics_kernel" and re.search(ACCESSES, after):
         return re.findall(ACCESSES, before)
     return []

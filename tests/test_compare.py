@@ -35,6 +35,18 @@ def test_a_change_counts_beyond_the_noise(before, after, spread, verdict):
     assert change.gain == pytest.approx(before / after)
 
 
+def test_another_way_to_empty_the_cache_is_no_change():
+    def emptied(commit, ms, **result):
+        old = record(commit, ms)
+        return Record("s", {}, old.result | result, old.environment)
+
+    for ms, verdict in ((0.05, "same"), (0.06, "same"), (0.1, "better")):
+        (change,) = compare([emptied(OLD, ms)], [emptied(NEW, 0.9 * ms, emptied="read")])
+        assert change.verdict == verdict
+    (change,) = compare([emptied(OLD, 0.05, emptied="read")], [emptied(NEW, 0.045, emptied="read")])
+    assert change.verdict == "better"
+
+
 def test_quality_is_compared_by_its_own_direction():
     def quality(commit, **result):
         return Record("s", {}, {"status": "ok", **result}, {"gpu": "G", "commit": commit})

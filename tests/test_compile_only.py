@@ -72,7 +72,7 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
     assert kernels_by_width(compiled, arch) == kernels_by_width(launched, arch)
     if arch == "sm90":
         # What these spill lay around their innermost loops when somebody looked at the disassembly,
-        # but for a causal backward of head_dim 64 with lists, which has some in each step.
+        # but for a causal backward of head_dim 64 with lists, which loads some in each step.
         spills = defaultdict(list)
         for each in compiled:
             if each["case"].startswith(("Hopper", "backward")):
@@ -80,7 +80,7 @@ def test_kernels_compile_and_fit(arch, tmp_path, record_property):
                 spills[each["kernel"] + ", causal, D=64" * narrow].append(each["spills"])
         assert max(spills["forward_kernel"]) <= 64
         assert max(spills["backward_kernel"]) <= 288  # more while descriptors were hoisted
-        assert max(spills["backward_kernel, causal, D=64"]) <= 512
+        assert max(spills["backward_kernel, causal, D=64"]) <= 384
     limit = SHARED_MEMORY[arch]
     too_large = [
         f"{each['case']}: {each['kernel']} {each['config']} {each['shared'] / KIB:.1f} KiB"
@@ -114,4 +114,9 @@ def test_what_a_kernel_does_too_early_is_found():
     assert touched_early("_statistics_kernel", read + wait + write) == ["ld.global"]
     assert touched_early("_transpose_kernel", wait + begin + write) == []
     assert touched_early("_transpose_kernel", begin + wait + write) == [begin.strip(";\n")]
-    assert touched_early("_transpose_kernel", write) == []  # it does not wait: no launch overlaps
+    assert touched_early("_split_kernel", read + wait + write) == ["ld.global"]
+    assert touched_early("_round_kernel", read + write + wait) == []  # its programs wait themselves
+    # One that lets others begin has to wait; others are launched one after the other.
+    for kernel in ("_transpose_kernel", "_statistics_kernel", "_order_kernel"):
+        assert touched_early(kernel, begin + read + write) == [begin.strip(";\n")]
+        assert touched_early(kernel, read + write) == []

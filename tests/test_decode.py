@@ -345,26 +345,34 @@ def test_lists_of_key_heads_are_read_as_they_are(device: str, monkeypatch):
 
 @pytest.mark.parametrize("block", [16, 64, 256])
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("density", [0.3, 1.0])
-def test_how_keys_are_fetched_changes_nothing(block: int, paged: bool, density: float, device: str):
+@pytest.mark.parametrize("form", ["one query", "all blocks", "window", "padding"])
+def test_how_keys_are_fetched_changes_nothing(block: int, paged: bool, form: str, device: str):
     """The same bits; steps of a part of a block, of one block and of several."""
-    case = suite.Case(2, 1024, density, 4, 2, head_dim=64, block=block, dtype="float16")
+    case = suite.Case(
+        3, 1024, 1.0 if form == "all blocks" else 0.3, 4, 2, block=block, dtype="float16",
+        queries=5 if form == "window" else 1, head_dim=48 if form == "window" else 64,
+    )  # fmt: skip
     inputs = suite.Inputs.of(case, torch.device(device))
     for tensor in (inputs.key, inputs.value):
         tensor[1, :, 333:] = float("nan")
+        tensor[2] = float("nan")
     key, value, table = inputs.pages() if paged else (inputs.key, inputs.value, None)
     mask = inputs.mask
-    lens = torch.tensor([1024, 333], dtype=torch.int32, device=device)
+    lens = torch.tensor([1024, 333, 0], dtype=torch.int32, device=device)
+    window = 300 if form == "window" else 0
+    valid = None
+    if form == "padding":
+        valid = (torch.rand(3, 1024, device=device) < 0.7).to(torch.int8)
 
     def run(**changes):
         config = replace(DecodeConfig(32, 4, 3), **changes)
         return split_forward(
             inputs.query, key, value, mask.kv_num_blocks, mask.kv_indices, lens, None,
-            mask.block_size, True, 0, 0.2, table, config=config,
+            mask.block_size, True, window, 0.2, table, valid, config,
         )  # fmt: skip
 
     expected = run()
-    assert all(x.any() and not x.isnan().any() for x in expected)
+    assert all(x[:2].any() and not x.isnan().any() for x in expected)
     ways = [{"ahead": True}]
     if adjacent_steps(32, block, suite.PAGE if paged else 0):
         ways += [{"descriptors": True}, {"descriptors": True, "ahead": True}]

@@ -227,11 +227,13 @@ def test_rounding_waits_for_what_is_added():
     adding, rounding = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(adding):  # first, as a kernel that is loaded waits for one that polls
-        torch.cuda._sleep(20_000_000)  # some 10 ms
+        torch.cuda._sleep(200_000_000)  # some 100 ms
         sums.copy_(values)
         counters.fill_(units.programs)
+        added = adding.record_event()
     with torch.cuda.stream(rounding):
         round_last(sums, counters, out, units)
+    assert not added.query()
     torch.cuda.synchronize()
     first = (units.count - units.lead) * units.rows
     assert torch.equal(out.view(-1, 64)[first:], values.view(-1, 64)[first:].bfloat16())

@@ -16,6 +16,7 @@ from entropy_attn.masks import BlockMask
 pytest.importorskip("triton")
 
 from entropy_attn.kernels import transposed_lists
+from entropy_attn.kernels.launch import adjacent_lists
 from entropy_attn.kernels.transposed_lists import is_faster_than_sort, transpose_lists
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -23,7 +24,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 def assert_same(counts, indices, num_columns):
     """Bit for bit what the sort finds, up to the last offset; 0 from there on."""
-    counts, indices = counts.to(DEVICE), indices.to(DEVICE)
+    counts, indices = adjacent_lists(counts.to(DEVICE), indices.to(DEVICE))
     offsets, rows, order = transpose_lists(counts, indices, num_columns, True)
     expected, expected_rows = column_lists(counts, indices, num_columns)
     _, expected_order = column_order(counts, indices, num_columns)
@@ -70,6 +71,8 @@ def test_strides():
     assert_same(counts.transpose(0, 1), indices.transpose(0, 1), 7)
     apart = indices.transpose(2, 3).contiguous().transpose(2, 3)
     assert_same(counts, apart, 7)
+    with pytest.raises(AssertionError, match="freed"):
+        transpose_lists(counts, apart, 7, True)
 
 
 def test_without_order(device):
