@@ -197,18 +197,20 @@ def unused_barriers(ttgir: str) -> list[str]:
 ACCESSES = r"\b(?:ld|st)\.global|\b(?:red|atom)\."
 BEGIN, WAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
 WAIT_FIRST = "_transpose_kernel", "_split_kernel", "_combine_kernel", "_backward_kernel"
+# Those, and others, begin before the launch ahead of them has ended.
+BEGIN_EARLY = *WAIT_FIRST, "_statistics_kernel", "_order_kernel"
 
 
 def touched_early(kernel: str, ptx: str) -> list[str]:
     """What a kernel does before it waits for the launch ahead, where it must not.
 
-    Any kernel: letting the next launch begin and never waiting, as that one relies on it. Those of
-    `WAIT_FIRST`: anything. The statistics: some of their reads and writes; all of them come before
-    the wait, or none.
+    Those that `BEGIN_EARLY`: letting the next launch begin and never waiting, as that one relies on
+    it. Those that `WAIT_FIRST`: anything. The statistics: some of their reads and writes; all of
+    them come before the wait, or none.
     """
     before, wait, after = ptx.partition(WAIT)
     if not wait:
-        return [BEGIN] if BEGIN in ptx else []
+        return [BEGIN] if kernel in BEGIN_EARLY and BEGIN in ptx else []
     if kernel in WAIT_FIRST:
         return re.findall(f"{re.escape(BEGIN)}|{ACCESSES}", before)
     if kernel == "_statistics_kernel" and re.search(ACCESSES, after):

@@ -120,3 +120,4 @@ def test_what_a_kernel_does_too_early_is_found():
     for kernel in ("_transpose_kernel", "_statistics_kernel", "_order_kernel"):
         assert touched_early(kernel, begin + read + write) == [begin.strip(";\n")]
         assert touched_early(kernel, read + write) == []
+    assert touched_early("_mass_kernel", begin + read + write) == []  # begins when the last ended
