@@ -143,7 +143,9 @@ def block_sparse_attention(
         block_mask: built for Nq and Nk, with 1 or B batch rows and 1, Hkv or Hq heads.
         is_causal: mask keys after the query, aligned to the last valid key.
         scale: factor of the scores, head_dim ** -0.5 by default.
-        kv_lens: (B,) int32, valid keys of each row; later keys are padding.
+        kv_lens: (B,) int32, valid keys of each row; later keys are padding. Nobody sees it, but its
+            keys and values have to be finite numbers, as 0 * NaN is NaN: a cache that was never
+            written may hold others. `paged_attention` takes anything there.
         q_lens: (B,) int32, valid queries of each row; a right-padded batch passes the same
             lengths for both. Rows past the length give 0.
         window: with is_causal, see only the last ``window`` keys up to the query's position.
