@@ -265,8 +265,9 @@ def _models(store: Store) -> Section:
 def _decode(store: Store) -> Section:
     section = Section(
         "Decoding",
-        "One token a sequence against a long cache, as a share of the bandwidth of a copy. Where "
-        "every key is read, SDPA is faster; time is saved by the blocks that are left out.",
+        "One token a sequence against a long cache, as a share of the bandwidth of a copy, and of "
+        "the speed of a sum over as many bytes. Where every key is read, SDPA is as fast; time is "
+        "saved by the blocks that are left out.",
         "entropy-attn bench decode",
     )
     section.tables += _table(store, "decode", "All caches")
