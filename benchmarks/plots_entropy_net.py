@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,11 +17,18 @@ from entropy_attn.benchmarks.points import PointsNotFound, family, real
 _COUNT, _DRAWN = 40_000, 2500
 
 
-def pictures_of_cells(path: Path) -> None:
-    """A row for each set: cells with the path through them, and two orders of some points."""
+def pictures_of_cells(path: Path) -> bool:
+    """A row for each set: cells with the path through them, and two orders of some points.
+
+    Returns:
+        whether it was drawn: a picture that is there may show cities, and stays if this one cannot.
+    """
     sets = {"clusters": family("clusters", _COUNT), "gauss": family("gauss", _COUNT)}
-    with contextlib.suppress(PointsNotFound):
+    try:
         sets["cities"] = real("cities")
+    except PointsNotFound:
+        if path.exists():
+            return False
     net = ea.geometry.EntropyNet.pretrained()
     heights = [max(0.3, float(np.divide(*np.ptp(points, 0)[::-1]))) for points in sets.values()]
     with plt.rc_context(STYLE | {"axes.grid": False, "figure.dpi": 110}):
@@ -41,6 +47,7 @@ def pictures_of_cells(path: Path) -> None:
                 panel.set_aspect("equal")
                 panel.set_axis_off()
         save(figure, path)
+    return True
 
 
 def _cells(panel: Axes, points: np.ndarray, cells: np.ndarray) -> None:

