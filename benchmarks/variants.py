@@ -116,15 +116,15 @@ def hopper_backward_variants(inputs: Inputs) -> dict[str, Any]:
     from entropy_attn.kernels.hopper.backward import hopper_backward_config
 
     case = inputs.case
-    default = hopper_backward_config(case.head_dim, case.num_blocks, case.is_causal)
+    default = hopper_backward_config(case.head_dim, case.is_causal)
     changes: dict[str, dict[str, Any]] = {
         "no turns" if default.turns else "turns": {"turns": not default.turns},
         "one stage": {"stages": 1},
         "sums all cleared before and rounded after, longest of all heads first": {"unit": 1e6},
     }
-    for unit in (0.5, 1.0, 2.0, 4.0):
+    for unit in (0.5, 1.0, 1.5, 2.0, 4.0):
         for lead in (1, 2, 3):
-            words = f"units of {unit} programs a multiprocessor, lead {lead}"
+            words = f"units of {unit} blocks of keys a multiprocessor, lead {lead}"
             changes[words] = {"unit": unit, "lead": lead}
     return _others(default, changes)
 

@@ -26,6 +26,8 @@ PROBLEMS = [
     (4, 2, 2, 600, 700, 256, False, True, True),
     (2, 3, 3, 1000, 911, 256, False, False, False),
     (2, 3, 3, 1000, 911, 128, False, False, True),
+    (1, 4, 2, 441, 911, 128, False, False, False),
+    (2, 2, 2, 441, 640, 256, True, False, True),
 ]
 # The types alternate, so that both meet all problems and all sizes. So do the multiprocessors that
 # work is divided for: with 4 of them the problems of several heads are in more units than one.
@@ -211,6 +213,27 @@ def test_gradient_of_lse_of_no_strides(monkeypatch):
 
 @hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_that_nobody_lists_may_be_anything(head_dim, monkeypatch):
+    """They meet no query, and leave neither their own gradients nor others' without a number."""
+    monkeypatch.setattr(ops, "SMALL_BACKWARD", 0)
+    tensors = torch.randn(4, 2, 4, 441, head_dim, device="cuda", dtype=torch.bfloat16)
+    blocks = irregular_blocks(2, 4, 441, 441, (128, 128), "cuda")
+    blocks[..., 1] = False
+    mask = ea.BlockMask.from_dense(blocks, 128, 441, 441)
+
+    def gradients(unseen):
+        query, key, value, grad = tensors.clone()
+        key[:, :, 128:256] = value[:, :, 128:256] = unseen
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        out = ea.block_sparse_attention(*leaves, mask, backend="triton")
+        return torch.autograd.grad(out, leaves, grad)
+
+    assert_same_but_for_order(gradients(float("nan")), gradients(0.0))
+
+
+@hopper
+@pytest.mark.gpu
 def test_rounding_waits_for_what_is_added():
     """On a stream of its own, while another one adds and counts."""
     from entropy_attn.kernels.hopper.sums import allocate, divide, round_last
@@ -220,7 +243,7 @@ def test_rounding_waits_for_what_is_added():
     sums, counters, _ = allocate(query, units)
     values = torch.randn_like(sums)
     out = torch.full_like(query, float("nan"))
-    counters.fill_(units.programs)
+    counters.fill_(units.items)
     round_last(sums, counters, out, units)  # compiled now: that may wait for all streams
     for memory in (sums, counters, out):
         memory.zero_()
@@ -229,7 +252,7 @@ def test_rounding_waits_for_what_is_added():
     with torch.cuda.stream(adding):  # first, as a kernel that is loaded waits for one that polls
         torch.cuda._sleep(200_000_000)  # some 100 ms
         sums.copy_(values)
-        counters.fill_(units.programs)
+        counters.fill_(units.items)
         added = adding.record_event()
     with torch.cuda.stream(rounding):
         round_last(sums, counters, out, units)

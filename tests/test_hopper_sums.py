@@ -25,13 +25,13 @@ def test_units_cover_all_heads(kv_heads, kv_tiles, head_rows, least, lead):
     units = divide(kv_heads, kv_tiles, head_rows, least, lead)
     last = kv_heads - (units.count - 1) * units.heads
     assert 0 < last <= units.heads
-    assert units.programs == units.heads * kv_tiles
-    assert units.last_programs == last * kv_tiles
+    assert units.items == units.heads * kv_tiles
+    assert units.last_items == last * kv_tiles
     assert units.rows == units.heads * head_rows
     assert units.lead == min(lead, units.count)
     assert units.heads - last < units.count  # the last unit is not tiny beside the others
     if units.count > 1:
-        assert units.programs >= least
+        assert units.items >= least
 
 
 @given(numbers, numbers, numbers, st.integers(0, 200), st.integers(1, 3))
@@ -41,7 +41,7 @@ def test_shares_cover_the_rows_of_another_unit(kv_heads, kv_tiles, head_rows, le
     sums = Sums(units, kv_heads * kv_tiles, kv_heads * head_rows)
     for own in {0, units.count - 1}:
         for unit in {0, units.count - 1}:
-            first = own * units.programs
+            first = own * units.items
             shares = [rows(sums, first + n, unit) for n in range(sums.members(own))]
             ends = [unit * units.rows, *[share.stop for share in shares if share]]
             assert [share.start for share in shares if share] == ends[:-1]
@@ -58,20 +58,20 @@ class Sums:
         self.rounded = [set() for _ in range(units.count)]
 
     def members(self, unit: int) -> int:
-        return min(self.units.programs, self.programs - unit * self.units.programs)
+        return min(self.units.items, self.programs - unit * self.units.items)
 
     def has_cleared(self, unit: int) -> bool:
-        return len(self.cleared[unit]) == self.units.programs
+        return len(self.cleared[unit]) == self.units.items
 
     def has_added(self, unit: int) -> bool:
         """What the kernel knows; of the last unit only the launch that rounds asks it."""
         is_last = unit == self.units.count - 1
-        awaited = self.units.last_programs if is_last else self.units.programs
+        awaited = self.units.last_items if is_last else self.units.items
         return len(self.added[unit]) == awaited
 
 
 def writer(sums: Sums, program: int, steps: int, wait: bool = True):
-    unit = program // sums.units.programs
+    unit = program // sums.units.items
     while wait and unit >= sums.units.lead and not sums.has_cleared(unit):
         yield "waits"
     for _ in range(steps):
@@ -84,15 +84,15 @@ def writer(sums: Sums, program: int, steps: int, wait: bool = True):
 
 def rows(sums: Sums, program: int, unit: int) -> range:
     """`Sums._rows` of the kernel: a program's share of another unit's rows."""
-    own = program // sums.units.programs
+    own = program // sums.units.items
     members, size = sums.members(own), sums.units.rows
     share = ceil_div(ceil_div(size, members), ROWS.value) * ROWS.value
-    first = unit * size + (program - own * sums.units.programs) * share
+    first = unit * size + (program - own * sums.units.items) * share
     return range(first, min(first + share, (unit + 1) * size, sums.all_rows))
 
 
 def caretaker(sums: Sums, program: int, wait: bool = True):
-    unit, lead = program // sums.units.programs, sums.units.lead
+    unit, lead = program // sums.units.items, sums.units.lead
     yield "starts"
     if unit + lead < sums.units.count:
         sums.cleared[unit + lead].add(program)
@@ -115,7 +115,7 @@ def rounder(sums: Sums, wait: bool = True):
 def eager_caretaker(sums: Sums, program: int):
     """One that waits for programs of its own unit, which may not have started."""
     yield from caretaker(sums, program)
-    while not sums.has_added(program // sums.units.programs):
+    while not sums.has_added(program // sums.units.items):
         yield "waits"
 
 
@@ -153,8 +153,8 @@ def run(seed: int, make_writer=writer, make_caretaker=caretaker, make_rounder=ro
         assert idle < 20_000, "programs wait for each other"
     for unit in range(units.count):
         is_later, is_earlier = unit >= units.lead, unit + units.lead < units.count
-        assert len(sums.cleared[unit]) == (units.programs if is_later else 0)
-        after = (unit + units.lead) * units.programs
+        assert len(sums.cleared[unit]) == (units.items if is_later else 0)
+        after = (unit + units.lead) * units.items
         later = range(after, after + sums.members(unit + units.lead)) if is_earlier else ()
         by_last = set() if is_earlier else {"the last launch"}
         assert sums.rounded[unit] == {p for p in later if rows(sums, p, unit)} | by_last
@@ -193,8 +193,8 @@ def test_last_units_are_rounded(heads, length, head_dim, device):
     sums, counters, _ = allocate(query, units)
     sums.copy_(torch.randn(sums.shape))
     counters[: units.count] = 0
-    counters[units.count :] = units.programs
-    counters[2 * units.count - 1] = units.last_programs
+    counters[units.count :] = units.items
+    counters[2 * units.count - 1] = units.last_items
     out = torch.full_like(query, float("nan"))
     round_last(sums, counters, out, units)
     first = (units.count - units.lead) * units.rows

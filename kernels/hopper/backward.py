@@ -4,50 +4,53 @@ The same sums as `entropy_attn.kernels.block_sparse_backward`, without entropies
 P = exp(S - lse), dP = dO V^T, delta_i = dO_i . O_i - dlse_i:
     dS = P * (dP - delta),  dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K.
 
-A program takes a block of 128 keys and walks over the queries that list it (the transposed lists,
-CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV in
-registers; a producer warp feeds rings of queries and of their gradients through the copy engine,
-with each row's lse and -delta. Scores are computed once, transposed, so that P^T and dS^T are left
-operands in the registers where they are. Of lists, the longest columns of a few heads come first
+An item is a column: a block of 128 keys, with the queries that list it (the transposed lists,
+CSR) in all query heads of its group. Two warpgroups of 64 keys each hold their part of dK and dV
+in registers; a producer warp feeds rings of keys, of values, and of queries with their gradients,
+each row's lse and -delta, through the copy engine. Scores are computed once, transposed, so that
+P^T and dS^T are left operands in the registers where they are. A step is in `backward_step`.
+
+Programs are persistent. The producer claims an item when it has fetched all queries of the one
+before, and announces it to the others. Of lists, the longest columns of a few heads come first
 (`order.backward_order`).
 
-dQ is the sum of the programs' parts: dS goes through shared memory, as each warpgroup needs both
+dQ is the sum of the columns' parts: dS goes through shared memory, as each warpgroup needs both
 halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
 fp32 sums in memory (as in FlashAttention-3, Shah et al., arXiv 2407.08608). The order of these
 additions is not fixed. dQ of a step is computed at the end of the step after, so that a warpgroup
-does not wait for what the other does at the same time. Two more warps clear and round the sums of
-other heads meanwhile (`sums`).
+does not wait for what the other does at the same time. Two more warps, the caretaker, clear and
+round the sums of other heads meanwhile (`sums`).
 
-Memory and barriers. `Ring` is described in `primitives`. For dS a slot is filled by both
-warpgroups, each its half, and read by both:
+Memory and barriers (`backward_memory`). `Ring` is described in `primitives`. For dS a slot is
+filled by both warpgroups, each its half, and read by both:
     step s:  S(s) | dP(s) | P, dV(s) | dS into slot s + 1 | dQ(s - 1) from slot s, dK(s)
 Slot 0 counts as full at the start, with anything in it: the writer drops what comes of it. A slot
 is free for dS once both warpgroups have released the queries of the step before, in which they read
-it.
+it. Steps are counted over all columns, so that dQ of a column's last step is computed in the first
+step of the next column, with the keys of the one before; these are given back then, and there are
+two slots of them. dV and dK leave through the memory of the column's values, which are given back
+when that is done.
+
+Every column takes a step at least: one of no queries if nobody lists it.
 """
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from entropy_attn.kernels.backward_statistics import row_statistics
 from entropy_attn.kernels.hopper import forward
-from entropy_attn.kernels.hopper.columns import (
-    BLOCK_N,
-    KEYS,
-    PIECE,
-    Buffers,
-    Columns,
+from entropy_attn.kernels.hopper.backward_memory import allocate_buffers
+from entropy_attn.kernels.hopper.backward_step import (
+    hand_over,
+    query_product,
+    store_gradient,
+    take_step,
 )
+from entropy_attn.kernels.hopper.columns import BLOCK_N, KEYS, PIECE, Columns
 from entropy_attn.kernels.hopper.config import (
     REGISTERS,
     HopperBackwardConfig,
@@ -56,12 +59,10 @@ from entropy_attn.kernels.hopper.config import (
 from entropy_attn.kernels.hopper.forward import descriptor
 from entropy_attn.kernels.hopper.order import backward_order
 from entropy_attn.kernels.hopper.primitives import (
-    barriers,
-    exp2,
-    operand,
+    NO_ITEM,
     pass_turn,
-    ring,
-    take_turn,
+    phase_of,
+    slot_of,
     valid_ends,
 )
 from entropy_attn.kernels.hopper.sums import (
@@ -86,7 +87,13 @@ from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import may_start_next, wait_for_last
 
 # Of the division of work, which follows from lengths.
-UNITS = "units", "lead", "programs", "unit_rows", "all_rows"
+UNITS = "units", "lead", "unit_items", "all_items", "unit_rows", "all_rows"
+
+
+@gluon.jit
+def _counter():
+    """0, unsigned: the remainder by two slots is one instruction then."""
+    return gl.to_tensor(0).to(gl.uint32)
 
 
 # Producer
@@ -99,7 +106,7 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
     ROWS: gl.constexpr = ring.boxes.shape[3]
     BYTES: gl.constexpr = 2 * ROWS * (2 * ring.boxes.shape[4] + 4)
     ring.wait_empty(use)
-    slot = use % ring.SLOTS
+    slot = slot_of(use, ring.SLOTS)
     full = ring.full.index(slot)
     mbarrier.expect(full, BYTES)
     place = [batch, head, start, 0]
@@ -114,201 +121,121 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
 
 
 @gluon.jit
-def _producer(columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc):
-    batch, kv_head, key_start, begin, count, first_row = columns.place()
-    q_end, kv_end = valid_ends(columns, batch)
-    buffers.keys.fetch(0, key_desc, batch, kv_head, key_start, key_start + KEYS)
-    buffers.values.fetch(0, value_desc, batch, kv_head, key_start, key_start + KEYS)
-    use = 0
-    member = 0
-    while member < columns.GROUP:
-        head = kv_head * columns.GROUP + member
-        row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
-        pointer = columns.pointer(batch, head, begin)
-        step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
-        start = columns.first_start(pointer, step, last, first_row)
-        while step < last:
-            next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
-            _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row)
-            use += 1
-            step += 1
-            start = next_start
-        member += 1
-        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
+def _await_taken(buffers, turn):
+    """Until all have taken the item that stood in the slot."""
+    mbarrier.wait(buffers.taken.index(slot_of(turn, 2)), phase_of(turn, 2) ^ 1)
+
+
+@gluon.jit
+def _producer(
+    columns, buffers, sums, query_desc, key_desc, value_desc, grad_desc, rows_desc
+):  # fmt: skip
+    turn = _counter()  # items so far
+    use = _counter()  # steps so far
+    item = sums.claim()
+    while item != NO_ITEM:
+        column, begin, count, first_row = columns.entry(item)
+        batch, kv_head, key_start = columns.place(column)
+        buffers.keys.wait_empty(turn)
+        buffers.keys.fetch(turn, key_desc, batch, kv_head, key_start, key_start)
+        _await_taken(buffers, turn)
+        buffers.items.announce(turn, item, column, begin, count, 0)
+        q_end, kv_end = valid_ends(columns, batch)
+        first_use = use
+        member = 0
+        while member < columns.GROUP:
+            head = kv_head * columns.GROUP + member
+            row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
+            pointer = columns.pointer(batch, head, begin)
+            step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
+            end = columns.end(step, last, member, use == first_use)
+            start = columns.first_start(pointer, step, last, first_row)
+            while step < end:
+                next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
+                _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, row)
+                if use == first_use:
+                    buffers.values.wait_empty(turn)
+                    buffers.values.fetch(
+                        turn, value_desc, batch, kv_head, key_start, key_start + KEYS
+                    )
+                use += 1
+                step += 1
+                start = next_start
+            member += 1
+            begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
+        turn += 1
+        # Not before: who claims early takes what another program would begin sooner.
+        item = sums.claim()
+    _await_taken(buffers, turn)
+    buffers.items.announce(turn, item, 0, 0, 0, 0)
 
 
 # Consumers
 
 
 @gluon.jit
-def _zero():
-    """0, of which the compiler does not know that it is the same in each step.
-
-    It would compute the descriptors of keys and values before the loop, all sixteen, and as they do
-    not fit the registers, load them from the stack in each step, in front of the products.
-    """
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, 0;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _row_values(buffers, use, layout: gl.constexpr, PART: gl.constexpr):
-    """(M,) lse or -delta of a slot's rows."""
-    return buffers.row_values.index(use % buffers.queries.SLOTS * 2 + PART).load(layout)
-
-
-@gluon.jit
-def _query_product(columns, buffers, use, WARPGROUP: gl.constexpr):
-    """Start this warpgroup's part of dQ, (64, 64), from slot ``use`` of dS: two products."""
-    CHUNKS: gl.constexpr = buffers.keys.tiles.shape[2] // PIECE  # of a row of keys
-    HALVES: gl.constexpr = columns.BLOCK_M // 64  # of a row of dS
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    mbarrier.wait(buffers.scores_full.index(use % 2), use // 2 & 1)
-    acc = gl.zeros([64, PIECE], gl.float32, layout)
-    # With 64 queries a step the warpgroups share the columns of dQ, with 128 its rows.
-    for half in gl.static_range(2):
-        piece = (use % 2 * 2 + half) * HALVES + WARPGROUP * (HALVES - 1)
-        scores = buffers.pieces.index(piece).permute((1, 0))  # (64 queries, 64 keys)
-        piece = half * CHUNKS + WARPGROUP * (CHUNKS - 1)
-        keys = buffers.key_pieces.index(piece)  # (64 keys, 64 columns)
-        acc = warpgroup_mma(scores, keys, acc, use_acc=half > 0, is_async=True)
-    return acc
-
-
-@gluon.jit
-def _hand_over(columns, buffers, acc, use, WARPGROUP: gl.constexpr):
-    """Give this warpgroup's part of dQ to the writer."""
-    mbarrier.wait(buffers.sum_empty, use & 1 ^ 1)
-    buffers.sum_tiles.index(WARPGROUP).store(acc * columns.scale)
-    fence_async_shared()
-    mbarrier.arrive(buffers.sum_full, count=1)
-
-
-@gluon.jit
-def _step(
-    columns, buffers, grad_key, grad_value, use, start, key_start, q_end, kv_end,
-    WARPGROUP: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Add the queries of a step to dK and dV, and hand over dQ of the step before."""
-    BLOCK_M: gl.constexpr = columns.BLOCK_M
-    DTYPE: gl.constexpr = buffers.queries.tiles.dtype
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    row_layout: gl.constexpr = gl.SliceLayout(0, layout)
-    keys = buffers.keys.tiles.index(WARPGROUP + _zero())  # (64, D)
-    values = buffers.values.tiles.index(WARPGROUP + _zero())  # (64, D)
-    zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
-
-    buffers.queries.wait_full(use)
-    query = buffers.queries.tile(use)  # (M, D)
-    grad = buffers.queries.tile(use, 1)  # (M, D)
-    if columns.TURNS:
-        take_turn(WARPGROUP)
-    scores = warpgroup_mma(keys, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))  # (64, M)
-    grad_p = zeros + _row_values(buffers, use, row_layout, 1)[None, :]  # -delta, for the product
-    grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
-    if columns.TURNS:
-        pass_turn(WARPGROUP)
-    lse = _row_values(buffers, use, row_layout, 0)  # (M,)
-    if MASKED:
-        # The first query of the step that sees each key.
-        keys_seen = key_start + WARPGROUP * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, layout))
-        first = gl.zeros_like(keys_seen)  # (64,)
-        if columns.IS_CAUSAL:
-            first = keys_seen - (start + kv_end - q_end)
-        if columns.MAY_CUT:
-            first = gl.where(keys_seen < kv_end, first, BLOCK_M)
-        lane = gl.arange(0, BLOCK_M, row_layout)  # (M,)
-        scores = gl.where(lane[None, :] >= first[:, None], scores, float("-inf"))
-    p = exp2(scores * columns.scale_log2 - lse[None, :])  # (64, M)
-
-    grad_value = warpgroup_mma(operand(p, grad_value, DTYPE), grad, grad_value, is_async=True)
-    grad_p = warpgroup_mma_wait(1, deps=(grad_p,))  # (64, M)
-    grad_scores = operand(p * grad_p, grad_key, DTYPE)  # (64, M)
-
-    # Both warpgroups have ended the step before, in which they read the slot.
-    buffers.queries.wait_empty(use - 1 + buffers.queries.SLOTS)
-    slot = (use + 1) % 2
-    buffers.scores.index(slot * 2 + WARPGROUP).store(gl.convert_layout(grad_scores, layout))
-    # The fence takes as long as a product; were this one ahead of the store, dS would have to wait
-    # in more registers.
-    query_part = _query_product(columns, buffers, use, WARPGROUP)
-    fence_async_shared()
-    mbarrier.arrive(buffers.scores_full.index(slot), count=1)
-    grad_key = warpgroup_mma(grad_scores, query, grad_key, is_async=True)
-    query_part, grad_value = warpgroup_mma_wait(1, deps=(query_part, grad_value))
-    _hand_over(columns, buffers, query_part, use, WARPGROUP)
-    grad_key = warpgroup_mma_wait(0, deps=(grad_key,))
-    buffers.queries.release(use)
-    return grad_key, grad_value
-
-
-@gluon.jit
-def _store(buffers, descriptor, grad, batch, head, start, WARPGROUP: gl.constexpr):
-    """Write dK or dV of this warpgroup's keys, those that exist, from where its values were."""
-    tma.store_wait(0)
-    tile = buffers.values.tile(0, WARPGROUP)
-    tile.store(grad.to(tile.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(
-        descriptor, [batch, head, start, 0], buffers.values.boxes.index(WARPGROUP)
-    )
-
-
-@gluon.jit
 def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.constexpr):
     BLOCK_D: gl.constexpr = buffers.keys.tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    batch, kv_head, key_start, begin, count, _ = columns.place()
-    q_end, kv_end = valid_ends(columns, batch)
-    grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
-    grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
     mbarrier.arrive(buffers.scores_full.index(0), count=1)
     if columns.TURNS and WARPGROUP == 1:
         pass_turn(1)  # the first turn is the other's
-    buffers.keys.wait_full(0)
-    buffers.values.wait_full(0)
-    use = 0
-    member = 0
-    while member < columns.GROUP:
-        head = kv_head * columns.GROUP + member
-        pointer = columns.pointer(batch, head, begin)
-        step, clear, last = columns.steps(pointer, count, key_start, q_end, kv_end)
-        if columns.IS_CAUSAL or columns.MAY_CUT:
-            start = columns.start(pointer, step, last)
-            while step < clear:
-                next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
-                grad_key, grad_value = _step(
-                    columns, buffers, grad_key, grad_value, use, start, key_start, q_end, kv_end,
-                    WARPGROUP, True,
+    turn = _counter()
+    use = _counter()
+    item, column, begin, count, _ = buffers.items.read(turn)
+    while item != NO_ITEM:
+        batch, kv_head, key_start = columns.place(column)
+        q_end, kv_end = valid_ends(columns, batch)
+        grad_key = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
+        grad_value = gl.zeros([KEYS, BLOCK_D], gl.float32, layout)
+        first_use = use
+        nobody = False  # lists the column
+        buffers.keys.wait_full(turn)
+        member = 0
+        while member < columns.GROUP:
+            head = kv_head * columns.GROUP + member
+            pointer = columns.pointer(batch, head, begin)
+            step, clear, last = columns.steps(pointer, count, key_start, q_end, kv_end)
+            end = columns.end(step, last, member, use == first_use)
+            nobody = end > last
+            if columns.IS_CAUSAL or columns.MAY_CUT:
+                start = columns.start(pointer, step, last)
+                while step < clear:
+                    next_start = columns.start(pointer, step + 1, last)  # on its way meanwhile
+                    grad_key, grad_value = take_step(
+                        columns, buffers, grad_key, grad_value, turn, first_use, use, start,
+                        key_start, q_end, kv_end, WARPGROUP, True,
+                    )  # fmt: skip
+                    start = next_start
+                    use += 1
+                    step += 1
+            while step < end:
+                grad_key, grad_value = take_step(
+                    columns, buffers, grad_key, grad_value, turn, first_use, use, 0,
+                    key_start, q_end, kv_end, WARPGROUP, False,
                 )  # fmt: skip
-                start = next_start
                 use += 1
                 step += 1
-        while step < last:
-            grad_key, grad_value = _step(
-                columns, buffers, grad_key, grad_value, use, 0, key_start, q_end, kv_end,
-                WARPGROUP, False,
-            )  # fmt: skip
-            use += 1
-            step += 1
-        member += 1
-        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
-    # Asked for once more, as it would be on the stack, and spill more, if kept all the time.
-    batch, kv_head, key_start, _, _, _ = columns.place()
-    start = key_start + WARPGROUP * KEYS
-    ENDS_FIRST: gl.constexpr = columns.TURNS and WARPGROUP == 0  # the other is half a step behind
-    if ENDS_FIRST:
-        _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
-        _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
-    query_part = _query_product(columns, buffers, use, WARPGROUP)
-    if not ENDS_FIRST:
-        _store(buffers, grad_value_desc, grad_value, batch, kv_head, start, WARPGROUP)
+            member += 1
+            begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
+        # Read once more, as it would be on the stack, and spill more, if kept all the time.
+        _, column, _, _, _ = buffers.items.read(turn)
+        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
+        batch, kv_head, key_start = columns.place(column)
+        start = key_start + WARPGROUP * KEYS
+        # Also of keys that are no numbers, as padding may be.
+        grad_value = gl.where(nobody, 0.0, grad_value)
+        grad_key = gl.where(nobody, 0.0, grad_key * columns.scale)
+        store_gradient(buffers, grad_value_desc, grad_value, turn, batch, kv_head, start, WARPGROUP)
+        store_gradient(buffers, grad_key_desc, grad_key, turn, batch, kv_head, start, WARPGROUP)
+        if buffers.values.SLOTS == 1:
+            tma.store_wait(0)
+            buffers.values.release(turn)
+        turn += 1
+        item, column, begin, count, _ = buffers.items.read(turn)
+    query_part = query_product(columns, buffers, turn - 1, use, WARPGROUP)
     query_part = warpgroup_mma_wait(0, deps=(query_part,))
-    _hand_over(columns, buffers, query_part, use, WARPGROUP)
-    if not ENDS_FIRST:
-        _store(buffers, grad_key_desc, grad_key * columns.scale, batch, kv_head, start, WARPGROUP)
+    hand_over(columns, buffers, query_part, use, WARPGROUP)
     tma.store_wait(0)
 
 
@@ -318,52 +245,66 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 @gluon.jit
 def _writer(columns, buffers, sums, sum_desc):
     """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
-    batch, kv_head, key_start, begin, count, _ = columns.place()
-    q_end, kv_end = valid_ends(columns, batch)
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
-    sums.wait_cleared()
-    use = 1
-    member = 0
-    while member < columns.GROUP:
-        head = kv_head * columns.GROUP + member
-        pointer = columns.pointer(batch, head, begin)
-        step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
-        while step < last:
-            row = columns.start(pointer, step, last)
-            mbarrier.wait(buffers.sum_full, use & 1)
-            add_to_global(sum_desc, [batch, head, row, 0], buffers.sum_boxes.index(0))
-            # The second warpgroup has the other rows, or the other columns.
-            if columns.BLOCK_M == 64:
-                add_to_global(sum_desc, [batch, head, row, PIECE], buffers.sum_boxes.index(1))
-            else:
-                add_to_global(sum_desc, [batch, head, row + 64, 0], buffers.sum_boxes.index(1))
-            tma.store_wait(0)
-            mbarrier.arrive(buffers.sum_empty, count=1)
-            use += 1
-            step += 1
-        member += 1
-        begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
-    sums.tell_added()
+    turn = _counter()
+    use = _counter() + 1
+    item, column, begin, count, _ = buffers.items.read(turn)
+    while item != NO_ITEM:
+        batch, kv_head, key_start = columns.place(column)
+        q_end, kv_end = valid_ends(columns, batch)
+        sums.wait_cleared(item)
+        first_use = use
+        member = 0
+        while member < columns.GROUP:
+            head = kv_head * columns.GROUP + member
+            pointer = columns.pointer(batch, head, begin)
+            step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
+            end = columns.end(step, last, member, use == first_use)
+            while step < end:
+                row = columns.start(pointer, step, last)
+                mbarrier.wait(buffers.sum_full, phase_of(use, 1))
+                add_to_global(sum_desc, [batch, head, row, 0], buffers.sum_boxes.index(0))
+                # The second warpgroup has the other rows, or the other columns.
+                if columns.BLOCK_M == 64:
+                    add_to_global(sum_desc, [batch, head, row, PIECE], buffers.sum_boxes.index(1))
+                else:
+                    add_to_global(sum_desc, [batch, head, row + 64, 0], buffers.sum_boxes.index(1))
+                tma.store_wait(0)
+                mbarrier.arrive(buffers.sum_empty, count=1)
+                use += 1
+                step += 1
+            member += 1
+            begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
+        sums.tell_added(item)
+        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
+        turn += 1
+        item, column, begin, count, _ = buffers.items.read(turn)
 
 
 # Caretaker
 
 
 @gluon.jit
-def _caretaker(buffers, sums, rows_desc):
+def _caretaker(buffers, sums):
     """Clear and round shares of other sums."""
-    sums.clear_and_round(rows_desc, buffers.old_boxes, buffers.old_tiles, buffers.old_full)
+    turn = _counter()
+    item, _, _, _, _ = buffers.items.read(turn)
+    while item != NO_ITEM:
+        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
+        sums.clear_and_round(item)
+        turn += 1
+        item, _, _, _, _ = buffers.items.read(turn)
 
 
 @gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads", *UNITS))
 def _backward_kernel(
     query_desc, key_desc, value_desc, grad_desc, rows_desc, sum_desc, grad_key_desc,
-    grad_value_desc, old_desc, sums_ptr, grad_query_ptr, counters_ptr,
+    grad_value_desc, sums_ptr, grad_query_ptr, counters_ptr,
     order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, index_stride_b, index_stride_h,
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
-    units, lead, programs, unit_rows, all_rows,
+    units, lead, unit_items, all_items, unit_rows, all_rows,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr,
     LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, TURNS: gl.constexpr,
@@ -378,50 +319,24 @@ def _backward_kernel(
         IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, TURNS,
     )  # fmt: skip
     sums = Sums(
-        sums_ptr, grad_query_ptr, counters_ptr, units, lead, programs, unit_rows, all_rows,
-        HEAD_DIM,
+        sums_ptr, grad_query_ptr, counters_ptr, units, lead, unit_items, all_items, unit_rows,
+        all_rows, HEAD_DIM,
     )  # fmt: skip
-    dtype: gl.constexpr = query_desc.dtype
-    keys = ring(key_desc, 1, 2, KEYS, BLOCK_D, 0)
-    piece_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], dtype)
-    score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_M], dtype)
-    scores = gl.allocate_shared_memory(dtype, [4, KEYS, BLOCK_M], score_layout)
-    row_boxes = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
-    sum_boxes = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, PIECE], sum_desc.layout)
-    sum_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)
-    old_boxes = gl.allocate_shared_memory(gl.float32, [2, 64, PIECE], old_desc.layout)
-    buffers = Buffers(
-        keys,
-        ring(value_desc, 1, 2, KEYS, BLOCK_D, 0),
-        ring(query_desc, STAGES, 2, BLOCK_M, BLOCK_D, 2),
-        row_boxes,
-        row_boxes._reinterpret(
-            gl.float32, [2 * STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        ),
-        scores,
-        scores._reinterpret(dtype, [4 * BLOCK_M // PIECE, KEYS, PIECE], piece_layout),
-        barriers(2, 2),
-        keys.boxes._reinterpret(dtype, [2 * BLOCK_D // PIECE, KEYS, PIECE], piece_layout),
-        sum_boxes,
-        sum_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
-        barriers(1, 2).index(0),
-        barriers(1, 1).index(0),
-        old_boxes,
-        old_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
-        barriers(2, 1),
-    )
+    buffers = allocate_buffers(
+        query_desc, key_desc, value_desc, rows_desc, sum_desc, STAGES, BLOCK_M, BLOCK_D
+    )  # fmt: skip
     wait_for_last(True)  # for the order, the statistics and the sums
     may_start_next(True)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    produce = columns, buffers, query_desc, key_desc, value_desc, grad_desc, rows_desc
+    produce = columns, buffers, sums, query_desc, key_desc, value_desc, grad_desc, rows_desc
     gl.warp_specialize(
         [
             (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, FIRST)),
             (_consumer, (columns, buffers, grad_key_desc, grad_value_desc, SECOND)),
             (_producer, produce),
             (_writer, (columns, buffers, sums, sum_desc)),
-            (_caretaker, (buffers, sums, old_desc)),
+            (_caretaker, (buffers, sums)),
         ],
         [4, 1, 1, WARPS],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
@@ -438,10 +353,9 @@ def _row_descriptor(statistics: Tensor, length: int) -> TensorDescriptor:
 
 
 def _sum_descriptor(sums: Tensor) -> TensorDescriptor:
-    """Of (64, 64) tiles of contiguous fp32, (B, H, N, D) or (rows, D)."""
-    rank = sums.dim()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=rank)
-    return TensorDescriptor.from_tensor(sums, [1] * (rank - 2) + [64, PIECE.value], layout)
+    """Of (64, 64) tiles of contiguous fp32, (B, H, N, D)."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    return TensorDescriptor.from_tensor(sums, [1, 1, 64, PIECE.value], layout)
 
 
 def unsupported(
@@ -505,7 +419,7 @@ def hopper_backward(
     offsets, rows = adjacent_lists(*columns) if columns is not None else (None, None)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     kv_tiles = ceil_div(key.shape[2], BLOCK_N.value)
-    config = config or hopper_backward_config(query.shape[3], kv_tiles, is_causal)
+    config = config or hopper_backward_config(query.shape[3], is_causal)
     multiprocessors, _ = device_limits(query.get_device())
     units = divide(
         key.shape[0] * key.shape[1], kv_tiles,
@@ -524,11 +438,11 @@ def hopper_backward(
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, statistics, sums, grad_key, grad_value,
-        sums, sums, grad_query, counters,
+        sums, grad_query, counters,
     )  # fmt: skip
     integers = (order, offsets, rows, kv_lens, q_lens)
     launch = _plan_backward(
-        *tensors[:8], *integers, units, block_size[0], is_causal, scale, config
+        *tensors[:8], *integers, units, multiprocessors, block_size[0], is_causal, scale, config
     )  # fmt: skip
     launch(*tensors, *(counters if x is None else x for x in integers))
     round_last(sums, counters, grad_query, units)
@@ -551,6 +465,7 @@ def _plan_backward(
     kv_lens: Tensor | None,
     q_lens: Tensor | None,
     units: Units,
+    multiprocessors: int,
     block_q: int,
     is_causal: bool,
     scale: float,
@@ -561,21 +476,22 @@ def _plan_backward(
     block_d = 64 if head_dim <= 64 else 128
     strides = list_strides(offsets, rows)
     kv_tiles = ceil_div(kv_len, BLOCK_N.value)
+    items = batch * kv_heads * kv_tiles
     _, *registers = REGISTERS[1]
     row_sides = ((0, query), (3, grad_out))
-    key_sides = ((1, key), (2, value), (6, grad_key), (7, grad_value))
+    value_sides = ((2, value), (6, grad_key), (7, grad_value))
     return Launch(
-        _backward_kernel, (kv_tiles * batch * kv_heads,),
+        _backward_kernel, (min(items, multiprocessors),),
         (
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
-            units.count, units.lead, units.programs, units.rows, batch * heads * q_len,
+            units.count, units.lead, units.items, items, units.rows, batch * heads * q_len,
         ),
         described={
             **{n: descriptor(tensor, config.block_m, block_d) for n, tensor in row_sides},
-            **{n: descriptor(tensor, KEYS.value, block_d) for n, tensor in key_sides},
+            1: descriptor(key, BLOCK_N.value, block_d),
+            **{n: descriptor(tensor, KEYS.value, block_d) for n, tensor in value_sides},
             4: _row_descriptor(statistics, config.block_m), 5: _sum_descriptor(sums),
-            8: _sum_descriptor(sums.view(-1, head_dim)),
         },
         GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m,
         BLOCK_Q=block_q, STAGES=config.stages, IS_CAUSAL=is_causal,

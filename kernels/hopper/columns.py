@@ -1,14 +1,12 @@
-"""Parts of the Hopper backward: transposed lists and shared memory."""
+"""The transposed lists, as the warps of the Hopper backward read them: steps of a column."""
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from entropy_attn.kernels.hopper.primitives import Ring
-
 KEYS = gl.constexpr(64)  # a warpgroup's
-BLOCK_N = gl.constexpr(128)  # a program's
+BLOCK_N = gl.constexpr(128)  # a column's
 # Columns of 16 bits that a row of swizzled shared memory has: tiles are made of such pieces.
 PIECE = gl.constexpr(64)
 
@@ -74,26 +72,31 @@ class Columns:
         self.TURNS = gl.constexpr(TURNS)
 
     @gluon.jit
-    def place(self):
-        """Where the program works.
+    def entry(self, item):
+        """What the order of work says of an item, all of it read at once.
 
         Returns:
-            batch, head of keys, first key; of the column in the group's first query head: where it
-            begins in the rows, how many there are, the first one. All of it is read at once.
+            the column's number; of it in the group's first query head: where it begins in the rows,
+            how many there are, the first one.
         """
-        item = gl.program_id(0)
+        column = item
         begin = 0
         first_row = 0
         count = (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q
         if self.LISTED:
             row = self.order + item * 4
-            item = gl.load(row)
+            column = gl.load(row)
             begin = gl.load(row + 1)
             count = gl.load(row + 2)
             first_row = gl.load(row + 3)
-        head = item // self.kv_tiles
-        key_start = item % self.kv_tiles * BLOCK_N
-        return head // self.kv_heads, head % self.kv_heads, key_start, begin, count, first_row
+        return column, begin, count, first_row
+
+    @gluon.jit
+    def place(self, column):
+        """(batch, head of keys, first key)."""
+        head = column // self.kv_tiles
+        key_start = column % self.kv_tiles * BLOCK_N
+        return head // self.kv_heads, head % self.kv_heads, key_start
 
     @gluon.jit
     def next_column(self, batch, head, key_start, member, begin, count):
@@ -152,75 +155,35 @@ class Columns:
         return first * STEPS, gl.maximum(clear, first) * STEPS, count * STEPS
 
     @gluon.jit
+    def end(self, step, last, member, is_first):
+        """End of the steps of a query head. Every column has a step, if of no queries.
+
+        is_first: whether the column had no step in the heads before.
+        """
+        return gl.where((member == self.GROUP - 1) & is_first & (step == last), last + 1, last)
+
+    @gluon.jit
     def start(self, pointer, step, last):
-        """First query of a step; past the last query for a step that is none."""
+        """First query of a step.
+
+        Of a step that is none, from ``last`` on, past the last query, at a whole block: the copy
+        engine takes statistics at multiples of 16 bytes only, also where it fetches none.
+        """
         STEPS: gl.constexpr = self.BLOCK_Q // self.BLOCK_M
         block = step // STEPS
         if self.LISTED:
             block = gl.load(pointer + block, mask=step < last, other=0)
-        return gl.where(step < last, block * self.BLOCK_Q + step % STEPS * self.BLOCK_M, self.q_len)
+        start = block * self.BLOCK_Q + step % STEPS * self.BLOCK_M
+        return gl.where(step < last, start, self._past_end())
+
+    @gluon.jit
+    def _past_end(self):
+        return (self.q_len + self.BLOCK_Q - 1) // self.BLOCK_Q * self.BLOCK_Q
 
     @gluon.jit
     def first_start(self, pointer, step, last, first_row):
         """`start` of a column's first step; without GQA and diagonal no list is read for that."""
-        start = gl.where(step < last, first_row * self.BLOCK_Q, self.q_len)
+        start = gl.where(step < last, first_row * self.BLOCK_Q, self._past_end())
         if self.IS_CAUSAL or self.GROUP > 1 or not self.LISTED:
             start = self.start(pointer, step, last)
         return start
-
-
-@aggregate
-class Buffers:
-    """Shared memory and barriers.
-
-    Attributes:
-        keys, values: rings of one slot, two tiles of (64, D). dV and dK leave through the latter.
-        queries: a ring whose slots hold a tile (BLOCK_M, D) of queries and one of their gradients.
-        row_boxes: (2 * slots of `queries`, 1, BLOCK_M) fp32, a slot's lse in base 2, then -delta;
-            row_values: the same memory, (.., BLOCK_M).
-        scores: dS, (2 slots * 2 halves, 64, BLOCK_M); pieces: the same memory by 64 columns;
-            scores_full: its barriers.
-        key_pieces: the keys by 64 columns.
-        sum_boxes, sum_tiles: (2, 64, 64) fp32, dQ on its way to the writer; sum_full and
-            sum_empty are its barriers.
-        old_boxes, old_tiles: (2, 64, 64) fp32, sums on their way to dQ; old_full is their barriers.
-    """
-
-    keys: Ring
-    values: Ring
-    queries: Ring
-    row_boxes: gl.shared_memory_descriptor
-    row_values: gl.shared_memory_descriptor
-    scores: gl.shared_memory_descriptor
-    pieces: gl.shared_memory_descriptor
-    scores_full: gl.shared_memory_descriptor
-    key_pieces: gl.shared_memory_descriptor
-    sum_boxes: gl.shared_memory_descriptor
-    sum_tiles: gl.shared_memory_descriptor
-    sum_full: gl.shared_memory_descriptor
-    sum_empty: gl.shared_memory_descriptor
-    old_boxes: gl.shared_memory_descriptor
-    old_tiles: gl.shared_memory_descriptor
-    old_full: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(
-        self, keys, values, queries, row_boxes, row_values, scores, pieces, scores_full, key_pieces,
-        sum_boxes, sum_tiles, sum_full, sum_empty, old_boxes, old_tiles, old_full,
-    ):  # fmt: skip
-        self.keys = keys
-        self.values = values
-        self.queries = queries
-        self.row_boxes = row_boxes
-        self.row_values = row_values
-        self.scores = scores
-        self.pieces = pieces
-        self.scores_full = scores_full
-        self.key_pieces = key_pieces
-        self.sum_boxes = sum_boxes
-        self.sum_tiles = sum_tiles
-        self.sum_full = sum_full
-        self.sum_empty = sum_empty
-        self.old_boxes = old_boxes
-        self.old_tiles = old_tiles
-        self.old_full = old_full

@@ -59,7 +59,8 @@ class HopperBackwardConfig:
         block_m: queries a step: 64 for head_dim over 64, else 128.
         stages: slots of the ring of queries and their gradients.
         turns: the warpgroups take turns at starting scores and dP.
-        unit: programs a multiprocessor, at least, that open and close sums together; see `sums`.
+        unit: blocks of keys a multiprocessor, at least, whose sums are opened and closed together;
+            see `sums`.
         lead: units between one that is added to and one that is cleared or rounded.
     """
 
@@ -70,13 +71,9 @@ class HopperBackwardConfig:
     lead: int = 2
 
 
-def hopper_backward_config(
-    head_dim: int, kv_tiles: int = 1, is_causal: bool = False
-) -> HopperBackwardConfig:
-    """The default; kv_tiles are the programs of a head of keys."""
-    # Columns of causal masks are of very different lengths, and end together in larger units only.
-    # Those cost more where there are few programs.
-    unit = 1.0 if is_causal and kv_tiles >= 64 else 0.5
+def hopper_backward_config(head_dim: int, is_causal: bool = False) -> HopperBackwardConfig:
+    """The default."""
     if head_dim > 64:
-        return HopperBackwardConfig(64, 2, turns=False, unit=unit)
-    return HopperBackwardConfig(128, 2, turns=True, unit=unit)
+        # Columns of causal masks are of very different lengths, and end together in larger units.
+        return HopperBackwardConfig(64, 2, turns=False, unit=1.0 if is_causal else 0.5)
+    return HopperBackwardConfig(128, 2, turns=True, unit=1.5)

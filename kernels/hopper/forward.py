@@ -54,12 +54,13 @@ from entropy_attn.kernels.hopper.primitives import (
     Problem,
     Results,
     barriers,
+    item_slots,
     operand,
     pass_turn,
     ring,
     take_turn,
 )
-from entropy_attn.kernels.hopper.producer import producer, read_item, scheduler
+from entropy_attn.kernels.hopper.producer import producer, scheduler
 from entropy_attn.kernels.hopper.row_values import rescale
 from entropy_attn.kernels.hopper.softmax import (
     first_softmax,
@@ -205,7 +206,7 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     if problem.PING_PONG and WARPGROUP == 1:
         pass_turn(1)  # the first turn is the other's
 
-    tile, last, full, low, high = read_item(memory, 0)
+    tile, last, full, low, high = memory.items.read(0)
     q_end, kv_end = problem.ends(tile)
     memory.queries.wait_full(0)
     query = _query(problem, memory, 0, WARPGROUP)
@@ -251,7 +252,7 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
         memory.queries.release(turn)
 
         turn += 1
-        next_tile, next_last, full, low, high = read_item(memory, turn)
+        next_tile, next_last, full, low, high = memory.items.read(turn)
         next_q_end, next_kv_end = problem.ends(next_tile)
         memory.queries.wait_full(turn)
         query = _query(problem, memory, turn, WARPGROUP)
@@ -301,8 +302,7 @@ def _forward_kernel(
         queries,
         ring(key_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
         ring(value_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
-        gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        barriers(2, 1),
+        item_slots(2),
         out_boxes,
         out_boxes._reinterpret(dtype, [WARPGROUPS, ROWS, BLOCK_D], out_layout),
         pin,

@@ -9,6 +9,7 @@ from triton.language.core import _aggregate as aggregate
 ROWS = gl.constexpr(64)  # queries a warpgroup
 # Named barriers of the two warpgroups' turns at the tensor cores. Triton uses the low numbers.
 TURN = gl.constexpr(12)
+NO_ITEM = gl.constexpr(-1)  # announced at the end
 
 
 # Pieces of PTX that Gluon has no name for
@@ -66,6 +67,18 @@ def operand(x, acc, DTYPE: gl.constexpr):
 # Rings in shared memory
 
 
+@gluon.jit
+def slot_of(use, SLOTS: gl.constexpr):
+    """The slot of a ring's ``use``-th use; of unsigned uses and two slots one instruction."""
+    return gl.to_tensor(use % SLOTS).to(gl.int32)
+
+
+@gluon.jit
+def phase_of(use, SLOTS: gl.constexpr):
+    """The phase that ends when what is used then is there."""
+    return gl.to_tensor(use // SLOTS & 1).to(gl.int32)
+
+
 @aggregate
 class Ring:
     """Slots of shared memory that go round between the producer and the warpgroups.
@@ -93,23 +106,23 @@ class Ring:
     @gluon.jit
     def wait_full(self, use):
         """Before reading what the copy engine brought for the ring's ``use``-th use."""
-        mbarrier.wait(self.full.index(use % self.SLOTS), use // self.SLOTS & 1)
+        mbarrier.wait(self.full.index(slot_of(use, self.SLOTS)), phase_of(use, self.SLOTS))
 
     @gluon.jit
     def release(self, use):
         """This warpgroup has read it."""
-        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1)
+        mbarrier.arrive(self.empty.index(slot_of(use, self.SLOTS)), count=1)
 
     @gluon.jit
     def wait_empty(self, use):
         """Before a slot is filled; the first round passes at once."""
-        mbarrier.wait(self.empty.index(use % self.SLOTS), use // self.SLOTS & 1 ^ 1)
+        mbarrier.wait(self.empty.index(slot_of(use, self.SLOTS)), phase_of(use, self.SLOTS) ^ 1)
 
     @gluon.jit
     def tile(self, use, PART: gl.constexpr = 0):
         """(rows, D) of the slot."""
         PARTS: gl.constexpr = self.tiles.shape[0] // self.SLOTS
-        return self.tiles.index(use % self.SLOTS * PARTS + PART)
+        return self.tiles.index(slot_of(use, self.SLOTS) * PARTS + PART)
 
     @gluon.jit
     def fetch(self, use, descriptor, batch, head, start_low, start_high):
@@ -118,7 +131,7 @@ class Ring:
         columns: gl.constexpr = self.boxes.shape[4]
         boxes: gl.constexpr = self.boxes.shape[0] // self.SLOTS
         halves: gl.constexpr = boxes // (self.tiles.shape[2] // columns)
-        slot = use % self.SLOTS
+        slot = slot_of(use, self.SLOTS)
         full = self.full.index(slot)
         mbarrier.expect(full, boxes * rows * columns * 2)
         for box in gl.static_range(boxes):
@@ -163,6 +176,63 @@ def ring(
     return Ring(boxes, tiles, full, empty, SLOTS)
 
 
+# Work items
+
+
+@aggregate
+class Items:
+    """Work items on their way from the warp that claims them to the other partitions.
+
+    Attributes:
+        fields: (SLOTS, 8) int32, what an item is; announced: (SLOTS, 1) barriers, which say that it
+            stands there. When a slot is free again is for the kernel to know.
+    """
+
+    fields: gl.shared_memory_descriptor
+    announced: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, fields, announced, SLOTS):
+        self.fields = fields
+        self.announced = announced
+        self.SLOTS = gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def announce(self, turn, first, second, third, fourth, fifth):
+        """Tell the other partitions what the ``turn``-th item is."""
+        layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])  # all of it in every thread
+        lane = gl.arange(0, 8, layout)
+        fields = gl.where(lane == 2, third, 0)
+        fields = gl.where(lane == 0, first, gl.where(lane == 1, second, fields))
+        fields = gl.where(lane == 3, fourth, gl.where(lane == 4, fifth, fields))
+        slot = slot_of(turn, self.SLOTS)
+        self.fields.index(slot).store(fields)
+        mbarrier.arrive(self.announced.index(slot), count=1)
+
+    @gluon.jit
+    def read(self, turn):
+        """The five fields of an item, once it is announced."""
+        slot = slot_of(turn, self.SLOTS)
+        mbarrier.wait(self.announced.index(slot), phase_of(turn, self.SLOTS))
+        layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+        fields = self.fields.index(slot).load(layout)  # (8,)
+        lane = gl.arange(0, 8, layout)  # all of it in every thread
+        first = gl.sum(gl.where(lane == 0, fields, 0), 0)
+        second = gl.sum(gl.where(lane == 1, fields, 0), 0)
+        third = gl.sum(gl.where(lane == 2, fields, 0), 0)
+        fourth = gl.sum(gl.where(lane == 3, fields, 0), 0)
+        fifth = gl.sum(gl.where(lane == 4, fields, 0), 0)
+        return first, second, third, fourth, fifth
+
+
+@gluon.jit
+def item_slots(SLOTS: gl.constexpr):
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    fields = gl.allocate_shared_memory(gl.int32, [SLOTS, 8], layout)
+    return Items(fields, barriers(SLOTS, 1), SLOTS)
+
+
 # What the partitions share
 
 
@@ -184,8 +254,7 @@ class Memory:
 
     Attributes:
         queries, keys, values: rings that the producer fills.
-        items: (slots of the ring of queries, 8), what each item is; announced: a barrier a slot,
-            which says that it stands there.
+        items: of as many slots as the ring of queries has, free as those are.
         out_boxes, out_tiles: (warpgroups, 64, D), results on their way out.
         pin: a barrier of which phase 0 never completes; not one of its own without `Problem.PIN`.
     """
@@ -193,19 +262,17 @@ class Memory:
     queries: Ring
     keys: Ring
     values: Ring
-    items: gl.shared_memory_descriptor
-    announced: gl.shared_memory_descriptor
+    items: Items
     out_boxes: gl.shared_memory_descriptor
     out_tiles: gl.shared_memory_descriptor
     pin: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, queries, keys, values, items, announced, out_boxes, out_tiles, pin):
+    def __init__(self, queries, keys, values, items, out_boxes, out_tiles, pin):
         self.queries = queries
         self.keys = keys
         self.values = values
         self.items = items
-        self.announced = announced
         self.out_boxes = out_boxes
         self.out_tiles = out_tiles
         self.pin = pin

@@ -5,26 +5,10 @@ See `forward` for what they and the warpgroups tell each other.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from entropy_attn.kernels.hopper.primitives import ROWS
-
-NO_ITEM = gl.constexpr(-1)
-
+from entropy_attn.kernels.hopper.primitives import NO_ITEM, ROWS
 
 # Scheduler
-
-
-@gluon.jit
-def _announce(memory, turn, tile, last, full, low, high):
-    """Tell the other partitions what an item is."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])  # all of it in every thread
-    lane = gl.arange(0, 8, layout)
-    fields = gl.where(lane == 0, tile, gl.where(lane == 1, last, gl.where(lane == 2, full, 0)))
-    fields = gl.where(lane == 3, low, gl.where(lane == 4, high, fields))
-    slot = turn % memory.queries.SLOTS
-    memory.items.index(slot).store(fields)
-    mbarrier.arrive(memory.announced.index(slot), count=1)
 
 
 @gluon.jit
@@ -40,7 +24,7 @@ def scheduler(problem, memory, items_ptr, items):
         last = gl.load(items_ptr + item * 4 + 1)
         full = gl.load(items_ptr + item * 4 + 2)
         low, high = problem.starts(problem.address(tile), last, problem.steps(last) - 1)
-        _announce(memory, turn, tile, last, full, low, high)
+        memory.items.announce(turn, tile, last, full, low, high)
         turn += 1
         # When the item before that one is done, and its slot free.
         memory.queries.wait_empty(turn)
@@ -48,23 +32,7 @@ def scheduler(problem, memory, items_ptr, items):
         # Each program's first item needs no claim, and each claims once in vain: this was the last.
         gl.store(items_ptr + items * 4, 0, mask=claimed == items - 1)
         item = claimed + gl.num_programs(0)
-    _announce(memory, turn, NO_ITEM, 0, 0, 0, 0)
-
-
-@gluon.jit
-def read_item(memory, turn):
-    """(tile, last, full, low, high) of the item that the scheduler announced."""
-    slot = turn % memory.queries.SLOTS
-    mbarrier.wait(memory.announced.index(slot), turn // memory.queries.SLOTS & 1)
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-    fields = memory.items.index(slot).load(layout)  # (8,)
-    lane = gl.arange(0, 8, layout)  # all of it in every thread
-    tile = gl.sum(gl.where(lane == 0, fields, 0), 0)
-    last = gl.sum(gl.where(lane == 1, fields, 0), 0)
-    full = gl.sum(gl.where(lane == 2, fields, 0), 0)
-    low = gl.sum(gl.where(lane == 3, fields, 0), 0)
-    high = gl.sum(gl.where(lane == 4, fields, 0), 0)
-    return tile, last, full, low, high
+    memory.items.announce(turn, NO_ITEM, 0, 0, 0, 0)
 
 
 # Producer
@@ -80,7 +48,7 @@ def producer(problem, memory, query_desc, key_desc, value_desc):
     value_head = 0
     value_low = 0
     value_high = 0
-    tile, last, _, low, high = read_item(memory, 0)
+    tile, last, _, low, high = memory.items.read(0)
     while tile >= 0:
         batch, head, row = problem.place(tile)
         memory.queries.fetch(turn, query_desc, batch, head, row, row + ROWS)
@@ -106,7 +74,7 @@ def producer(problem, memory, query_desc, key_desc, value_desc):
             use += 1
             step -= 1
         turn += 1
-        tile, last, _, low, high = read_item(memory, turn)
+        tile, last, _, low, high = memory.items.read(turn)
     # The end: queries and keys for a product that nobody looks at.
     memory.queries.fetch(turn, query_desc, 0, 0, 0, ROWS)
     memory.keys.wait_empty(use)
