@@ -1,0 +1,352 @@
+"""The Hopper backward's own source on the CPU: each pair once, in any order of its warps.
+
+Several programs run all their partitions on small random calls (`gluon_on_cpu`). Found are, beside
+what is told there: pairs of a query and a key that are missing, added twice, or not masked; dK, dV
+and parts of dQ that are made of another step's tiles; sums that are cleared, rounded or added to at
+a wrong time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import gluon_on_cpu
+import numpy as np
+import pytest
+from gluon_machine import Machine, Number, Part, Pointer, Symbol, Wrong, check, run_programs
+
+from entropy_attn.kernels.hopper.sums import divide
+from entropy_attn.kernels.launch import ceil_div
+
+HOPPER = "entropy_attn.kernels.hopper."
+SOURCE = [
+    HOPPER + name
+    for name in (
+        "backward", "backward_memory", "backward_step", "columns", "primitives", "sums",
+    )
+]  # fmt: skip
+BLOCK_N = 128
+
+
+def load(*edits: tuple[str, str]) -> Any:
+    replaced = {"add_to_global": gluon_on_cpu.copy_out}
+    return gluon_on_cpu.load(SOURCE[0], SOURCE, replaced, edits)
+
+
+@dataclass
+class Call:
+    """A call, what the kernel is given for it, and what it has done."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    wide: bool
+    block_q: int
+    is_causal: bool
+    is_listed: bool
+    has_lens: bool
+    stages: int
+    turns: bool
+    unit: int
+    lead: int
+    programs: int
+    places: int
+    seed: int
+
+    @classmethod
+    def draw(cls, seed: int) -> Call:
+        rng = random.Random(seed)
+        wide = rng.random() < 0.5
+        programs = rng.choice((1, 2, 3, 5))
+        return cls(
+            batch=rng.choice((1, 1, 2)),
+            kv_heads=rng.choice((1, 2, 4)), group=rng.choice((1, 1, 2)),
+            q_len=rng.choice((1, 60, 129, 250, 257, 441)),
+            kv_len=rng.choice((1, 100, 128, 200, 300)), wide=wide,
+            block_q=rng.choice((128, 128, 256)), is_causal=rng.random() < 0.5,
+            is_listed=rng.random() < 0.75, has_lens=rng.random() < 0.3,
+            stages=rng.choice((1, 2, 2, 3)), turns=rng.random() < 0.5, unit=rng.choice((1, 1, 4)),
+            lead=rng.choice((1, 1, 2, 3)), programs=programs, places=rng.randint(1, programs),
+            seed=seed,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.heads = self.group * self.kv_heads
+        self.block_d, self.block_m = (128, 64) if self.wide else (64, 128)
+        self.head_dim = self.block_d - 56  # the last columns are cut, and few numbers are to move
+        self.q_blocks = ceil_div(self.q_len, self.block_q)
+        self.kv_tiles = ceil_div(self.kv_len, BLOCK_N)
+        self.listed = rng.random((self.batch, self.heads, self.q_blocks, self.kv_tiles)) < (
+            rng.choice((0.3, 0.7)) if self.is_listed else 1.1
+        )
+        self.q_ends = np.full(self.batch, self.q_len)
+        self.kv_ends = np.full(self.batch, self.kv_len)
+        if self.has_lens:
+            self.q_ends = rng.integers(0, self.q_len + 1, self.batch)
+            self.kv_ends = rng.integers(0, self.kv_len + 1, self.batch)
+        self.units = divide(
+            self.batch * self.kv_heads, self.kv_tiles, self.group * self.q_len, self.unit, self.lead
+        )
+        self.items = self.batch * self.kv_heads * self.kv_tiles
+        size = self.batch * self.heads * self.q_len * self.head_dim
+        self.sums, self.out = np.full(size, np.nan), np.full(size, np.nan)
+        cleared = min(self.units.lead * self.units.rows * self.head_dim, size)
+        self.sums[:cleared] = 0
+        self.counters = np.zeros(2 * self.units.count + 1, np.int64)
+        self.gradients: dict[tuple[Any, ...], Symbol] = {}
+
+    def seen(self) -> np.ndarray:
+        """(B, Hq, Nq, Nk): which queries see which keys."""
+        query, key = np.arange(self.q_len), np.arange(self.kv_len)
+        seen = self.listed[:, :, query // self.block_q][..., key // BLOCK_N].copy()
+        for row in range(self.batch):
+            q_end, kv_end = self.q_ends[row], self.kv_ends[row]
+            seen[row] &= (query < q_end)[:, None] & (key < kv_end)[None, :]
+            if self.is_causal:
+                seen[row] &= key[None, :] <= query[:, None] + kv_end - q_end
+        return seen
+
+    def lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets (B, Hq, Mk + 1) and rows (B, Hq, all) of the transposed lists; none is spare."""
+        columns = self.listed.transpose(0, 1, 3, 2)
+        offsets = np.zeros((self.batch, self.heads, self.kv_tiles + 1), np.int64)
+        offsets[..., 1:] = columns.sum(-1).cumsum(-1)
+        rows = np.zeros((self.batch, self.heads, max(1, int(offsets[..., -1].max()))), np.int64)
+        for place in np.ndindex(self.batch, self.heads):
+            found = np.nonzero(columns[place])[1]
+            rows[(*place, slice(len(found)))] = found
+        return offsets, rows
+
+    def order(self, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(items, 4), as `order.backward_order` says: the longest columns of a unit first."""
+        table = []
+        for item in range(self.items):
+            head, tile = divmod(item, self.kv_tiles)
+            place = (head // self.kv_heads, head % self.kv_heads * self.group)
+            begin, end = offsets[(*place, slice(tile, tile + 2))]
+            first = rows[(*place, min(begin, rows.shape[-1] - 1))] if end > begin else 0
+            members = offsets[place[0], place[1] : place[1] + self.group]
+            length = (members[:, tile + 1] - members[:, tile]).sum()
+            table.append((item // self.units.items, -length, item, begin, end - begin, first))
+        return np.array([row[2:] for row in sorted(table)], np.int64)
+
+    def run(self, module: Any) -> None:
+        offsets, rows = self.lists()
+        order = self.order(offsets, rows)
+        box = {"query": self.block_m, "grad": self.block_m, "key": 128, "value": 64}
+
+        def described(name: str, rows: int, columns: int, itemsize: int = 2) -> SimpleNamespace:
+            return SimpleNamespace(
+                name=name, dtype="bf16", itemsize=itemsize, layout=None,
+                block_type=SimpleNamespace(shape=[1, 1, rows, columns]),
+            )  # fmt: skip
+
+        descriptors = {
+            f"{name}_desc": described(name, rows, self.block_d) for name, rows in box.items()
+        }
+        descriptors |= {
+            "rows_desc": described("rows", 1, self.block_m, 4),
+            "sum_desc": described("dQ", 64, 64, 4),
+            "grad_key_desc": described("dK", 64, self.block_d),
+            "grad_value_desc": described("dV", 64, self.block_d),
+        }
+        pointers = {
+            "sums_ptr": self.sums, "grad_query_ptr": self.out, "counters_ptr": self.counters,
+            "order_ptr": order.reshape(-1), "offsets_ptr": offsets.reshape(-1),
+            "rows_ptr": rows.reshape(-1), "kv_lens_ptr": self.kv_ends, "q_lens_ptr": self.q_ends,
+        }  # fmt: skip
+        numbers = {
+            "count_stride_b": offsets[0].size, "count_stride_h": offsets[0, 0].size,
+            "index_stride_b": rows[0].size, "index_stride_h": rows[0, 0].size,
+            "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_len": self.kv_len,
+            "kv_tiles": self.kv_tiles, "units": self.units.count, "lead": self.units.lead,
+            "unit_items": self.units.items, "all_items": self.items, "unit_rows": self.units.rows,
+            "all_rows": self.batch * self.heads * self.q_len,
+        }  # fmt: skip
+
+        def launch() -> None:
+            module._backward_kernel(
+                **descriptors, **{name: Pointer(x) for name, x in pointers.items()},
+                **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0, scale=1.0,
+                GROUP=self.group, HEAD_DIM=self.head_dim, BLOCK_D=self.block_d,
+                BLOCK_M=self.block_m, BLOCK_Q=self.block_q, STAGES=self.stages,
+                IS_CAUSAL=self.is_causal,
+                MAY_CUT=self.has_lens or self.kv_len % BLOCK_N != 0,
+                LISTED=self.is_listed, HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
+                TURNS=self.turns, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
+            )  # fmt: skip
+
+        machine = Machine(self.seed, self.places, self.stored)
+        run_programs(machine, launch, min(self.programs, self.items))
+        self.check_gradients()
+
+    # What is made of what
+
+    def tiles(self, name: str, head: tuple[int, int], start: int, rows: int) -> set[Any]:
+        return {
+            (name, *head, start + row, column)
+            for row in range(0, rows, 64)
+            for column in range(0, self.block_d, 64)
+        }
+
+    def step(self, query: tuple[int, int, int], key: tuple[int, int, int]) -> dict[str, set[Any]]:
+        """Tags of the operands of a step of 64 keys."""
+        batch, head, start = query
+        row = 2 * (batch * self.heads + head)
+        return {
+            "query": self.tiles("query", (batch, head), start, self.block_m),
+            "grad": self.tiles("grad", (batch, head), start, self.block_m),
+            "key": self.tiles("key", key[:2], key[2], 64),
+            "value": self.tiles("value", key[:2], key[2], 64),
+            "lse": {("rows", row, start)},
+            "delta": {("rows", row + 1, start)},
+        }
+
+    def stored(self, descriptor: Any, place: Sequence[int], contents: list[Any]) -> None:
+        """A tile of dK or dV, or a part of dQ, is in memory."""
+        symbol = contents[0].symbol
+        if descriptor.name != "dQ":
+            key = (descriptor.name, *place[:3])
+            check(key not in self.gradients, f"{key} is written twice")
+            check(all(part.symbol is symbol for part in contents), f"{key} is of two tiles")
+            self.gradients[key] = symbol
+            return
+        batch, head, row, column = place
+        [(left, right)] = symbol.products()
+        half = (row % self.block_m if self.block_m > 64 else column) // 64
+        for number, part in enumerate(left):
+            assert isinstance(part, Part)
+            tags, _ = part.symbol.gather()
+            starts = {tag[3] for tag in tags if tag[0] == "query"}
+            key = min(tag[1:4] for tag in right if tag[0] == "key")
+            mine = (*key[:2], key[2] + 64 * number)
+            step = self.step((batch, head, min(starts)), mine)
+            check(tags == set().union(*step.values()), f"dQ at {place}: dS of {tags}")
+            check(min(starts) == row - (64 * half if self.block_m > 64 else 0), "another step")
+            check(part.column == (half if self.block_m > 64 else 0), "another half of dS")
+        columns = [0] if self.block_m > 64 else [column]
+        keys = {("key", *key[:2], key[2] + n, c) for n in (0, 64) for c in columns}
+        check(len(left) == 2 and set(right) == keys, f"dQ at {place}: keys {right}")
+        sums = self.sums.reshape(self.batch, self.heads, self.q_len, self.head_dim)
+        sums[batch, head, row : row + 64, column : column + 64] += 1
+
+    def check_gradients(self) -> None:
+        seen, found = self.seen(), np.zeros((self.batch, self.heads, self.q_len, self.kv_len))
+        added = np.zeros((self.batch, self.heads, self.q_len))
+        wanted = {
+            (name, batch, head, start)
+            for name in ("dK", "dV") for batch in range(self.batch)
+            for head in range(self.kv_heads) for start in range(0, self.kv_tiles * BLOCK_N, 64)
+        }  # fmt: skip
+        check(set(self.gradients) == wanted, "columns are missing")
+        for (name, *key), symbol in self.gradients.items():
+            if symbol.is_zero:
+                continue
+            steps = []
+            for left, right in symbol.products():
+                tags, masks = left.gather()
+                query = min(tag[1:4] for tag in tags if tag[0] == "query")
+                steps.append(query)
+                check(
+                    query[2] < self.q_blocks * self.block_q,
+                    "keys that nobody lists have a gradient",
+                )
+                step = self.step(query, tuple(key))
+                of_p = step["key"] | step["query"] | step["lse"]
+                if name == "dV":
+                    check(tags == of_p and set(right) == step["grad"], f"dV of {tags}, {right}")
+                    self.cover(found, query, key[2], masks)
+                    if key[2] % BLOCK_N == 0:  # once for both warpgroups
+                        added[query[0], query[1], query[2] : query[2] + self.block_m] += 1
+                else:
+                    of_ds = of_p | step["grad"] | step["value"] | step["delta"]
+                    check(tags == of_ds and set(right) == step["query"], f"dK of {tags}, {right}")
+            other = self.gradients[("dK" if name == "dV" else "dV", *key)]
+            check(len(steps) == len(other.products()), "dK and dV of other steps")
+        # Where a row sees nothing, its log-sum-exp makes P zero.
+        rows = seen.any(-1)
+        check((found == seen)[rows].all(), "pairs are missing, or added that are not seen")
+        self.check_sums(added)
+
+    def cover(self, found: np.ndarray, query: tuple[int, ...], key: int, masks: list[Any]) -> None:
+        batch, head, start = query
+        check(len(masks) < 2, "masked twice")
+        mask = masks[0] if masks else np.ones((64, self.block_m), bool)
+        found[batch, head, start : start + self.block_m, key : key + 64] += mask.T[
+            : max(0, self.q_len - start), : max(0, self.kv_len - key)
+        ]
+        beyond = mask.T[: max(0, self.q_ends[batch] - start), max(0, self.kv_ends[batch] - key) :]
+        check(not beyond.any(), "keys past the end are not masked")
+
+    def check_sums(self, added: np.ndarray) -> None:
+        units = self.units
+        told = self.counters[units.count : 2 * units.count]
+        check((told[:-1] == units.items).all() and told[-1] == units.last_items, "who has added")
+        first = (units.count - units.lead) * units.rows * self.head_dim
+        check(bool(np.isnan(self.out[first:]).all()), "rounded before the last launch")
+        self.out[first:] = self.sums[first:]  # what that launch does
+        found = self.out.reshape(*added.shape, self.head_dim)
+        check(bool((found == added[..., None]).all()), "dQ lacks parts, or has too many")
+
+
+def run_calls(module: Any, seeds: range) -> None:
+    for seed in seeds:
+        call = Call.draw(seed)
+        try:
+            call.run(module)
+        except Wrong as error:
+            raise Wrong(f"{error}, {call}") from error
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_each_pair_once_in_any_order(first):
+    run_calls(load(), range(first, first + 50))
+
+
+RAISE = "    _wait_added()\n        _raise"
+ROUND = "            if first < end:\n                _wait_for"
+GIVEN_BACK = "            buffers.values.release(turn)"
+TAKEN = "mbarrier.wait(buffers.taken.index(slot_of(turn, 2)), phase_of(turn, 2) ^ 1)"
+DS_SLOT = "    buffers.queries.wait_empty(use - 1 + buffers.queries.SLOTS)\n"
+DS_FULL = "mbarrier.arrive(buffers.scores_full"
+HANDED_OVER = "store(acc * columns.scale)"
+FENCE = "\n    fence_async_shared()"
+
+# What is forgotten: the source, what stands there instead, and what is said of it.
+FAULTS = {
+    "waiting for sums to be cleared": ("sums.wait_cleared(item)", "pass", "dQ lacks"),
+    "waiting for sums to be added": (ROUND, ROUND.replace("first < end", "False"), "dQ lacks"),
+    "additions on their way": (RAISE, "    _raise", "dQ lacks"),
+    "the last column's keys": ("turn - is_first, use", "turn, use", "dQ at"),
+    "waiting for a slot of dS": (DS_SLOT, "", "undefined|dS"),
+    "the copy engine's alignment": ("Q * self.BLOCK_Q", "Q * 0 + self.q_len", "takes no"),
+    "waiting for gradients to leave": (
+        f"            tma.store_wait(0)\n{GIVEN_BACK}", GIVEN_BACK, "while it is read",
+    ),
+    "a fence behind dQ": (HANDED_OVER + FENCE, HANDED_OVER, "without a fence"),
+    "a fence behind dS": (f"{FENCE}\n    {DS_FULL}", f"\n    {DS_FULL}", "without a fence"),
+    "waiting for a slot of items": (TAKEN, "pass", "."),
+    "a step for each column": ("(step == last), last + 1", "(step == last), last", "."),
+    "columns that nobody lists": ("nobody = end > last", "nobody = False", "nobody"),
+    "keys past the end": (
+        "gl.where(key_start + BLOCK_N > kv_end, count, clear)", "clear", "not masked",
+    ),
+    "aligning queries to the end": ("(start + kv_end - q_end)", "(start + kv_end)", "pairs"),
+    "releasing queries": ("    buffers.queries.release(use)\n    return", "    return", "deadlock"),
+    "releasing keys": ("        buffers.keys.release(turn - 1)\n", "", "deadlock"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forgotten", FAULTS)
+def test_what_is_forgotten_is_found(forgotten):
+    old, new, message = FAULTS[forgotten]
+    module = load((old, new))
+    with pytest.raises(Wrong, match=message):
+        run_calls(module, range(300))
