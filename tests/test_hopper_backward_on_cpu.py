@@ -313,7 +313,8 @@ def test_each_pair_once_in_any_order(first):
 RAISE = "    _wait_added()\n        _raise"
 ROUND = "            if first < end:\n                _wait_for"
 GIVEN_BACK = "            buffers.values.release(turn)"
-TAKEN = "mbarrier.wait(buffers.taken.index(slot_of(turn, 2)), phase_of(turn, 2) ^ 1)"
+TAKEN = "mbarrier.wait(self.taken.index(slot_of(turn, SLOTS)), phase_of(turn, SLOTS) ^ 1)"
+FETCH = "        buffers.keys.wait_empty(turn)\n"
 DS_SLOT = "    buffers.queries.wait_empty(use - 1 + buffers.queries.SLOTS)\n"
 DS_FULL = "mbarrier.arrive(buffers.scores_full"
 HANDED_OVER = "store(acc * columns.scale)"
@@ -332,6 +333,9 @@ FAULTS = {
     ),
     "a fence behind dQ": (HANDED_OVER + FENCE, HANDED_OVER, "without a fence"),
     "a fence behind dS": (f"{FENCE}\n    {DS_FULL}", f"\n    {DS_FULL}", "without a fence"),
+    "what the producer must not wait for": (
+        FETCH, f"        sums.wait_cleared(item)\n{FETCH}", "deadlock",
+    ),
     "waiting for a slot of items": (TAKEN, "pass", "."),
     "a step for each column": ("(step == last), last + 1", "(step == last), last", "."),
     "columns that nobody lists": ("nobody = end > last", "nobody = False", "nobody"),

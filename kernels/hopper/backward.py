@@ -11,8 +11,8 @@ each row's lse and -delta, through the copy engine. Scores are computed once, tr
 P^T and dS^T are left operands in the registers where they are. A step is in `backward_step`.
 
 Programs are persistent. The producer claims an item when it has fetched all queries of the one
-before, and announces it to the others. Of lists, the longest columns of a few heads come first
-(`order.backward_order`).
+before, and announces it to the others; there are two slots for what an item is. Of lists, the
+longest columns of a few heads come first (`order.backward_order`).
 
 dQ is the sum of the columns' parts: dS goes through shared memory, as each warpgroup needs both
 halves of the keys, and a third kind of warp, the writer, lets the copy engine add the product to
@@ -121,12 +121,6 @@ def _fetch(buffers, use, query_desc, grad_desc, rows_desc, batch, head, start, r
 
 
 @gluon.jit
-def _await_taken(buffers, turn):
-    """Until all have taken the item that stood in the slot."""
-    mbarrier.wait(buffers.taken.index(slot_of(turn, 2)), phase_of(turn, 2) ^ 1)
-
-
-@gluon.jit
 def _producer(
     columns, buffers, sums, query_desc, key_desc, value_desc, grad_desc, rows_desc
 ):  # fmt: skip
@@ -138,14 +132,14 @@ def _producer(
         batch, kv_head, key_start = columns.place(column)
         buffers.keys.wait_empty(turn)
         buffers.keys.fetch(turn, key_desc, batch, kv_head, key_start, key_start)
-        _await_taken(buffers, turn)
+        buffers.await_item_slot(turn)
         buffers.items.announce(turn, item, column, begin, count, 0)
         q_end, kv_end = valid_ends(columns, batch)
         first_use = use
         member = 0
         while member < columns.GROUP:
             head = kv_head * columns.GROUP + member
-            row = 2 * ((batch * columns.kv_heads + kv_head) * columns.GROUP + member)
+            row = 2 * (batch * columns.kv_heads * columns.GROUP + head)
             pointer = columns.pointer(batch, head, begin)
             step, _, last = columns.steps(pointer, count, key_start, q_end, kv_end)
             end = columns.end(step, last, member, use == first_use)
@@ -166,7 +160,7 @@ def _producer(
         turn += 1
         # Not before: who claims early takes what another program would begin sooner.
         item = sums.claim()
-    _await_taken(buffers, turn)
+    buffers.await_item_slot(turn)
     buffers.items.announce(turn, item, 0, 0, 0, 0)
 
 
@@ -220,7 +214,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
         # Read once more, as it would be on the stack, and spill more, if kept all the time.
         _, column, _, _, _ = buffers.items.read(turn)
-        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
+        buffers.give_item_back(turn)
         batch, kv_head, key_start = columns.place(column)
         start = key_start + WARPGROUP * KEYS
         # Also of keys that are no numbers, as padding may be.
@@ -251,6 +245,7 @@ def _writer(columns, buffers, sums, sum_desc):
     use = _counter() + 1
     item, column, begin, count, _ = buffers.items.read(turn)
     while item != NO_ITEM:
+        buffers.give_item_back(turn)
         batch, kv_head, key_start = columns.place(column)
         q_end, kv_end = valid_ends(columns, batch)
         sums.wait_cleared(item)
@@ -277,7 +272,6 @@ def _writer(columns, buffers, sums, sum_desc):
             member += 1
             begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
         sums.tell_added(item)
-        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
         turn += 1
         item, column, begin, count, _ = buffers.items.read(turn)
 
@@ -291,7 +285,7 @@ def _caretaker(buffers, sums):
     turn = _counter()
     item, _, _, _, _ = buffers.items.read(turn)
     while item != NO_ITEM:
-        mbarrier.arrive(buffers.taken.index(slot_of(turn, 2)), count=1)
+        buffers.give_item_back(turn)
         sums.clear_and_round(item)
         turn += 1
         item, _, _, _, _ = buffers.items.read(turn)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.columns import BLOCK_N, KEYS, PIECE
@@ -11,11 +12,12 @@ from entropy_attn.kernels.hopper.primitives import (
     Ring,
     barriers,
     item_slots,
+    phase_of,
     ring,
     slot_of,
 )
 
-READERS = gl.constexpr(4)  # of an item: two warpgroups, writer, caretaker
+TAKERS = gl.constexpr(4)  # of an item: two warpgroups, writer, caretaker
 
 
 @aggregate
@@ -32,7 +34,8 @@ class Buffers:
             barriers.
         sum_boxes, sum_tiles: (2, 64, 64) fp32, dQ on its way to the writer; sum_full and
             sum_empty are its barriers.
-        items: two slots for what an item is; taken: (2, 1) barriers, which its `READERS` arrive at.
+        items: two slots for what an item is; taken: (2, 1) barriers, at which each of its `TAKERS`
+            arrives when it needs the slot no more.
     """
 
     keys: Ring
@@ -73,6 +76,17 @@ class Buffers:
         self.taken = taken
 
     @gluon.jit
+    def give_item_back(self, turn):
+        """This partition needs to know no more what the item is."""
+        mbarrier.arrive(self.taken.index(slot_of(turn, self.items.SLOTS)), count=1)
+
+    @gluon.jit
+    def await_item_slot(self, turn):
+        """Until nobody needs the item that stood there before."""
+        SLOTS: gl.constexpr = self.items.SLOTS
+        mbarrier.wait(self.taken.index(slot_of(turn, SLOTS)), phase_of(turn, SLOTS) ^ 1)
+
+    @gluon.jit
     def rows(self, use, layout: gl.constexpr, PART: gl.constexpr):
         """(BLOCK_M,) lse or -delta of a slot's queries."""
         return self.row_values.index(slot_of(use, self.queries.SLOTS) * 2 + PART).load(layout)
@@ -109,5 +123,5 @@ def allocate_buffers(
         barriers(1, 2).index(0),
         barriers(1, 1).index(0),
         item_slots(2),
-        barriers(2, READERS),
+        barriers(2, TAKERS),
     )

@@ -46,7 +46,7 @@ def query_product(columns, buffers, turn, use, WARPGROUP: gl.constexpr):
     # With 64 queries a step the warpgroups share the columns of dQ, with 128 its rows.
     scores = buffers.pieces.index(slot_of(use, 2) * HALVES + WARPGROUP * (HALVES - 1))
     keys = buffers.key_pieces.index(
-        slot_of(turn, 2) * CHUNKS + WARPGROUP * (CHUNKS - 1)
+        slot_of(turn, buffers.keys.SLOTS) * CHUNKS + WARPGROUP * (CHUNKS - 1)
     )  # (128, 64)
     acc = gl.zeros([64, PIECE], gl.float32, layout)
     return warpgroup_mma(scores.permute((1, 0)), keys, acc, use_acc=False, is_async=True)
@@ -68,15 +68,16 @@ def take_step(
 ):  # fmt: skip
     """Add the queries of a step to dK and dV, and hand over dQ of the step before.
 
-    In a column's first step that is dQ of the column before, whose keys and values are given back
-    then.
+    In a column's first step that is dQ of the column before, whose keys are given back then; values
+    too, if there are two slots of them.
     """
     BLOCK_M: gl.constexpr = columns.BLOCK_M
     DTYPE: gl.constexpr = buffers.queries.tiles.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     row_layout: gl.constexpr = gl.SliceLayout(0, layout)
     keys = buffers.keys.tile(_anew(turn)).slice(WARPGROUP * KEYS, KEYS)  # (64, D)
-    values = buffers.values.tile(_anew(turn), WARPGROUP)  # (64, D)
+    tile = slot_of(turn, buffers.values.SLOTS) * 2 + WARPGROUP
+    values = buffers.values.tiles.index(_anew(tile))  # (64, D)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
 
     buffers.queries.wait_full(use)

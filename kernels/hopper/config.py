@@ -57,7 +57,7 @@ class HopperBackwardConfig:
 
     Attributes:
         block_m: queries a step: 64 for head_dim over 64, else 128.
-        stages: slots of the ring of queries and their gradients.
+        stages: slots of the ring of queries and their gradients, 1 or 2; more do not fit.
         turns: the warpgroups take turns at starting scores and dP.
         unit: blocks of keys a multiprocessor, at least, whose sums are opened and closed together;
             see `sums`.

@@ -1,8 +1,8 @@
 """The order in which the Hopper kernels take their work: some heads in turn, longest first.
 
-What follows is said of the forward, whose programs are persistent. In the backward an item is a
-block of keys, with its column of the transposed lists; a program takes the item in the place of its
-own number, and the heads that are open together are those of a unit of `sums`.
+What follows is said of the forward. In the backward an item is a block of keys, with its column of
+the transposed lists, the heads that are open together are those of a unit of `sums`, and the
+counter that items are claimed from stands there too.
 
 A work item is a tile of queries of one head. Programs claim items one after the other, so the
 order is all the schedule that there is (list scheduling). The longest items come first (Graham,

@@ -8,11 +8,14 @@ later, and rounds a share of those of a unit that came a little before. Two warp
 to do take care of that; the launch for the statistics clears the first units, and one of its own,
 which may begin while others end, rounds the last.
 
-Two counters a unit tell for how many items a share has been cleared, and for how many all is added.
-Programs claim items, in their order, from one more counter. So whoever waits, waits for items of
-lower numbers only, which running programs have claimed and take in their order: no two wait for
-each other, however many programs run at a time. The launch that rounds the last sums waits for all
-programs, and begins when all of them have started.
+Two counters a unit tell for how many items a share has been cleared, and for how many all is
+added. Programs claim items, in their order, from one more counter. So whoever waits, waits for
+items of lower numbers only, which running programs have claimed and take in their order: no two
+wait for each other, however many programs run at a time. That rests on one rule: only writers and
+caretakers wait for other programs. As the last part of an item's dQ is added in the first step of
+its program's next item, nothing up to there may wait, neither the claim nor what the producer
+fetches. The launch that rounds the last sums waits for all programs, and begins when all of them
+have started.
 """
 
 # No `from __future__ import annotations`: Gluon's aggregates look at the annotations of fields.
@@ -34,7 +37,6 @@ from entropy_attn.kernels.launch import ceil_div, overlapping
 from entropy_attn.kernels.plans import MOST_PLANS, Launch, planned
 from entropy_attn.kernels.primitives import wait_for_last
 
-ROWS = gl.constexpr(64)  # whose multiples shares are
 WARPS = gl.constexpr(2)  # that clear and round
 # That a thread clears or rounds at a time. With 8 of them on their way, rounding short columns took
 # longer than the rest of the work.
@@ -75,7 +77,10 @@ def _fence_engine():
 
 @gluon.jit
 def _wait_for(counter, count):
-    """Until a counter is raised to ``count``; what was written before that is seen after."""
+    """Until a counter is raised to ``count``; what was written before that is seen after.
+
+    Adding nothing is compiled to a load.
+    """
     seen = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     while seen < count:
         _do("nanosleep.u32 100;")
@@ -159,7 +164,7 @@ class Sums:
         """
         own = item // self.unit_items * self.unit_items
         members = gl.minimum(self.unit_items, self.all_items - own)
-        share = ((self.unit_rows + members - 1) // members + ROWS - 1) // ROWS * ROWS
+        share = (self.unit_rows + members - 1) // members
         first = unit * self.unit_rows + (item - own) * share
         end = gl.minimum((unit + 1) * self.unit_rows, self.all_rows)
         return first, gl.minimum(first + share, end)
