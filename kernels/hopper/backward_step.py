@@ -76,8 +76,10 @@ def take_step(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     row_layout: gl.constexpr = gl.SliceLayout(0, layout)
     keys = buffers.keys.tile(_anew(turn)).slice(WARPGROUP * KEYS, KEYS)  # (64, D)
-    tile = slot_of(turn, buffers.values.SLOTS) * 2 + WARPGROUP
-    values = buffers.values.tiles.index(_anew(tile))  # (64, D)
+    if buffers.values.SLOTS > 1:
+        values = buffers.values.tile(_anew(turn), WARPGROUP)  # (64, D)
+    else:  # the slot is known, so that the tile has to look new
+        values = buffers.values.tiles.index(_anew(gl.to_tensor(WARPGROUP)))  # (64, D)
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, layout)
 
     buffers.queries.wait_full(use)
