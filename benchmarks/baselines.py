@@ -178,12 +178,13 @@ def _flex(inputs: Inputs, *, sparse: bool) -> Forward:
         mask = FlexMask.from_kv_blocks(
             *partial,
             *full,
-            BLOCK_SIZE=(case.block, case.block),
+            BLOCK_SIZE=case.block_size,
             mask_mod=_causal if case.is_causal else None,
             seq_lengths=(length, length),
         )
         # Its default tiles are larger than small blocks and would be refused.
-        options = {"BLOCK_M": case.block, "BLOCK_N": case.block} if case.block < 128 else None
+        if min(case.block_size) < 128:
+            options = dict(zip(("BLOCK_M", "BLOCK_N"), case.block_size, strict=True))
     elif case.is_causal:
         mask = create_block_mask(_causal, None, None, length, length, device=inputs.device)
 
@@ -231,7 +232,7 @@ def _flash_attn_4_sparse(inputs: Inputs) -> Forward:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    block_size = (inputs.case.block, inputs.case.block)
+    block_size = inputs.case.block_size
 
     def tensors(blocks: Tensor) -> BlockSparseTensorsTorch:
         partial = _lists(torch.zeros_like(blocks))
@@ -259,8 +260,8 @@ def _needs_package(module: str, package: str):
 
 def _flash_attn_4_sparse_refuses(case: AttentionCase, device: torch.device) -> str | None:
     missing = _needs_package("flash_attn.cute", "flash-attn-4")(case, device)
-    if missing is None and case.block != 128:
-        return f"its key tiles are 128 wide, the blocks {case.block}"
+    if missing is None and case.block_size != (128, 128):
+        return f"its key tiles are 128 wide, the blocks {case.block_size[1]}"
     if missing is None and case.is_causal:
         return "its block lists with causal=True are not covered here"
     return missing

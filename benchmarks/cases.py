@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ class AttentionCase:
 
     Attributes:
         density: share of the visible blocks that the mask keeps; 1 is dense attention.
-        block: edge of the square blocks, in tokens.
+        block: edge of the square blocks, in tokens; block_k: keys of a block where these are not as
+            many as its queries.
         kv_heads: heads of keys and values, as many as of queries if None.
         pattern: which blocks are kept: "banded", those next to the diagonal; "clustered", those of
             the row's own cluster, which lie anywhere; `SMOLLM2`, those that a layer of this model
@@ -39,14 +41,25 @@ class AttentionCase:
     direction: str = "forward"
     kv_heads: int | None = None
     pattern: str | None = None
+    block_k: int | None = None
 
     def config(self) -> dict[str, Any]:
         """What is set, for records."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
+    def block_size(self) -> tuple[int, int]:
+        """Queries and keys of a block."""
+        return self.block, self.block_k or self.block
+
+    @property
     def num_blocks(self) -> int:
+        """Of queries."""
         return -(-self.length // self.block)
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.length // self.block_size[1])
 
     @property
     def shape(self) -> str:
@@ -56,9 +69,21 @@ class AttentionCase:
         return f"D={self.head_dim} N={self.length}{grouped}{causal}"
 
     def __str__(self) -> str:
-        mask = "dense" if self.density == 1 else f"{self.density:g} of {self.block}-blocks"
+        mask = mask_words(self.config())
         words = [self.direction, self.shape, mask, "irregular" * self.irregular, self.pattern]
         return " ".join(word for word in words if word)
+
+
+def mask_words(config: Mapping[str, Any]) -> str:
+    """How a table names the share of the blocks of a case, and their size."""
+    if config["density"] == 1:
+        return "dense"
+    return f"{config['density']:g} of {blocks_words(config)}"
+
+
+def blocks_words(config: Mapping[str, Any]) -> str:
+    keys = f" x {config['block_k']}" if "block_k" in config else ""
+    return f"{config['block']}{keys}-blocks"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +109,11 @@ class Inputs:
         five.
         """
         case = self.case
-        visible = _visible_blocks(case.num_blocks, case.is_causal, self.device)
+        visible = _visible_blocks(case, self.device)
         tiles = self.kept.sum() if sparse else visible.sum() * case.batch * case.heads
         products = 2 if case.direction == "forward" else 5
-        return products * 2.0 * case.head_dim * case.block**2 * tiles.item()
+        queries, keys = case.block_size
+        return products * 2.0 * case.head_dim * queries * keys * tiles.item()
 
 
 def make_inputs(case: AttentionCase, device: torch.device | str, seed: int) -> Inputs:
@@ -110,24 +136,24 @@ def make_inputs(case: AttentionCase, device: torch.device | str, seed: int) -> I
         kept = random_blocks(case, generator, device)
     if case.density == 1:
         mask = BlockMask.full(
-            case.batch, case.heads, case.length, case.length, case.block, device=device
+            case.batch, case.heads, case.length, case.length, case.block_size, device=device
         )
     else:
-        mask = BlockMask.from_dense(kept, (case.block, case.block), case.length, case.length)
+        mask = BlockMask.from_dense(kept, case.block_size, case.length, case.length)
     return Inputs(case, query, key, value, grad_out, mask, kept)
 
 
 def random_blocks(
     case: AttentionCase, generator: torch.Generator, device: torch.device | str
 ) -> Tensor:
-    """(B, H, M, M) bool: the kept blocks, all visible; at least one in every row.
+    """(B, H, Mq, Mk) bool: the kept blocks, all visible; at least one in every row.
 
     Every row keeps the share ``density`` of its visible blocks, chosen uniformly, the diagonal
     one first in the causal case; irregular rows draw their own share between 0 and 2 x density.
     """
     count = case.num_blocks
-    shape = (case.batch, case.heads, count, count)
-    visible = _visible_blocks(count, case.is_causal, device)
+    shape = (case.batch, case.heads, count, case.num_key_blocks)
+    visible = _visible_blocks(case, device)
     score = torch.rand(shape, generator=generator, device=device)
     if case.pattern == "banded":
         place = torch.arange(count, device=device)
@@ -147,6 +173,11 @@ def random_blocks(
     return (rank < wanted[..., None]) & visible
 
 
-def _visible_blocks(count: int, is_causal: bool, device: torch.device | str) -> Tensor:
-    blocks = torch.ones(count, count, dtype=torch.bool, device=device)
-    return blocks.tril() if is_causal else blocks
+def _visible_blocks(case: AttentionCase, device: torch.device | str) -> Tensor:
+    if case.block_k is not None and (case.is_causal or case.pattern is not None):
+        raise ValueError(
+            f"block_k is {case.block_k}; causal cases and those of a pattern have square blocks, "
+            "leave it out"
+        )
+    blocks = torch.ones(case.num_blocks, case.num_key_blocks, dtype=torch.bool, device=device)
+    return blocks.tril() if case.is_causal else blocks

@@ -69,7 +69,7 @@ def _visible(inputs: Inputs, batch: int, head: int, sparse: bool, rows: range) -
     )
     if sparse:
         row = torch.arange(rows.start, rows.stop, device=inputs.device) // case.block
-        kept = inputs.kept[batch, head][row].repeat_interleave(case.block, 1)
+        kept = inputs.kept[batch, head][row].repeat_interleave(case.block_size[1], 1)
         visible = visible & kept[:, : case.length]
     return visible
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
+from entropy_attn.benchmarks.cases import blocks_words
 from entropy_attn.benchmarks.store import Record
 
 # Dense bf16 TFLOP/s of the tensor cores by NVIDIA's data sheets (SXM boards).
@@ -41,7 +42,7 @@ def speedups(records: list[Record], head_dim: int, direction: str = "forward") -
         config = record.config
         if config["density"] == 1.0 or not is_sparse(config["contestant"], record.result):
             continue
-        name = f"{config['contestant']}, {config['block']}-blocks"
+        name = f"{config['contestant']}, {blocks_words(config)}"
         point = (config["density"], min(dense) / record.result["median_ms"])
         found.setdefault(name, []).append(point)
     return {name: points for name, points in found.items() if len(points) > 1}

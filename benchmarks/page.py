@@ -149,7 +149,7 @@ def _cards(store: Store) -> list[Card]:
     found = []
     for record in full_records(store, "attention", contestant=OURS, density=0.25, irregular=False):
         config = record.config
-        is_main = config["length"] in (8192, 16384) and "pattern" not in config
+        is_main = config["length"] in (8192, 16384) and not {"pattern", "block_k"} & set(config)
         if is_main and (config["head_dim"], config["block"], config["is_causal"]) == (
             128,
             128,

@@ -21,6 +21,7 @@ from entropy_attn.benchmarks import (
     report_vision,
 )
 from entropy_attn.benchmarks.baselines import OURS, OURS_WITH_ENTROPY, is_sparse
+from entropy_attn.benchmarks.cases import mask_words
 from entropy_attn.benchmarks.prose import PARTS
 from entropy_attn.benchmarks.store import Record, Store
 from entropy_attn.benchmarks.tables import (
@@ -68,10 +69,7 @@ def case_name(config: dict) -> str:
     words = [f"D={config['head_dim']}"]
     if config["is_causal"]:
         words.append("causal")
-    if config["density"] == 1:
-        words.append("dense")
-    else:
-        words.append(f"{config['density']:g} of {config['block']}-blocks")
+    words.append(mask_words(config))
     words += ["irregular"] * config["irregular"] + [config.get("pattern")] * ("pattern" in config)
     return ", ".join(words)
 

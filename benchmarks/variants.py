@@ -98,7 +98,7 @@ def _before_the_backward(inputs: Inputs) -> tuple[Tensor, Tensor, None, Any]:
             inputs.query, inputs.key, inputs.value, mask, is_causal=case.is_causal,
             return_lse=True, backend="triton",
         )  # fmt: skip
-    return out, lse, None, column_lists(mask.kv_num_blocks, mask.kv_indices, case.num_blocks)
+    return out, lse, None, column_lists(mask.kv_num_blocks, mask.kv_indices, case.num_key_blocks)
 
 
 def hopper_backward(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
@@ -300,6 +300,7 @@ def main(
     length: int = 16384,
     causal: bool = False,
     irregular: bool = False,
+    block_k: int | None = None,
     seconds: float = 2.0,
     profile: Annotated[
         bool, typer.Option("--profile", help="Call the default three times, for a profiler.")
@@ -325,7 +326,7 @@ def main(
     direction = "backward" if kernel.endswith("backward") else "forward"
     case = AttentionCase(
         head_dim, length, density, block, is_causal=causal, irregular=irregular,
-        direction=direction,
+        direction=direction, block_k=block_k,
     )  # fmt: skip
     device = torch.device("cuda")
     if not profile:

@@ -237,6 +237,24 @@ def test_work_counts_visited_tiles_only():
     assert backward.flops(sparse=True) == 16 * 5 * (2 * 32 * 32 * 16)
 
 
+def test_blocks_need_not_be_square():
+    case = replace(TINY, block_k=16)
+    inputs = make_inputs(case, CPU, 0)
+    assert inputs.mask.block_size == (32, 16)
+    assert inputs.kept.shape == (2, 2, 4, 8)
+    tiles = inputs.kept.sum().item()
+    assert tiles == 2 * 2 * 4 * 4
+    assert inputs.flops(sparse=True) == tiles * 2 * (2 * 32 * 16 * 16)
+    assert inputs.flops(sparse=False) == 2 * inputs.flops(sparse=True)
+    ours = CONTESTANTS[OURS].call(inputs)()
+    assert expected(inputs, sparse=True).verdict((ours,)) is None
+    assert "0.5 of 32 x 16-blocks" in str(case)
+    assert report.case_name({**case.config()}) == "D=16, 0.5 of 32 x 16-blocks"
+    assert report.case_name({**TINY.config()}) == "D=16, 0.5 of 32-blocks"
+    with pytest.raises(ValueError, match="block_k is 16"):
+        make_inputs(replace(case, is_causal=True), CPU, 0)
+
+
 def test_inputs_are_reproducible_and_sets_differ():
     first, again, other = (make_inputs(TINY, CPU, seed) for seed in (0, 0, 1))
     assert torch.equal(first.query, again.query)

@@ -229,7 +229,8 @@ def test_chunks_of_query_tiles(device):
     whole = ops.score_tiles(*means, *geometry, 0, 7, "triton")
     parts = [ops.score_tiles(*means, *geometry, first, 3, "triton") for first in (0, 3)]
     parts.append(ops.score_tiles(*means, *geometry, 6, 1, "triton"))
-    assert torch.equal(torch.cat(parts, 2), whole)
+    # A tile has another row of its program then, and some CPUs' products round by that.
+    torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
 @pytest.mark.parametrize("lens", [None, (20, 40)], ids=["full", "padded"])

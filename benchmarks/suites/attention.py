@@ -44,6 +44,10 @@ def cases(form: str) -> list[AttentionCase]:
     found += [replace(back, head_dim=head_dim, density=1.0) for head_dim in (128, 64)]
     found += [replace(case, block=64) for case in (quarter, fifth)]
     found += [
+        replace(case, density=density, block_k=64)
+        for case, middle in ((dense, 0.25), (dense_64, 0.2)) for density in (0.5, middle, 0.1)
+    ]  # fmt: skip
+    found += [
         replace(case, density=density, block=block)
         for density in (0.5, 0.1) for case in (dense, dense_64) for block in (128, 64)
     ]  # fmt: skip
