@@ -151,9 +151,11 @@ class Symbol:
         return Symbol([self, other])
 
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _merged
+    __truediv__ = __rtruediv__ = __and__ = __rand__ = __ne__ = _merged  # type: ignore[assignment]
+    __hash__ = object.__hash__
 
     def products(self) -> list[tuple[Any, Any]]:
-        """Operands of the products that it is the sum of."""
+        """Operands of the products that it, or what its first parents were, is the sum of."""
         found, symbol = [], self
         while symbol is not None:
             check(symbol.undefined is None, f"undefined: {symbol.undefined}")

@@ -51,12 +51,17 @@ def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
+    """Of a tile, which has no numbers, 1 is stored, where nothing may have been."""
     machine().pause()
     places, inside = pointer.places(mask)
+    if isinstance(value, Symbol):
+        value.gather()
+        check(bool(np.isnan(pointer.array[places[inside]]).all()), "stored twice")
+        value = 1.0
     pointer.array[places[inside]] = np.broadcast_to(np.asarray(value), places.shape)[inside]
 
 
-def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Number:
+def _atomic_add(pointer: Pointer, value: int, sem: str = "", scope: str = "") -> Number:
     machine().pause()
     pointer.places(True)
     old = int(pointer.array[int(pointer.offset)])
@@ -72,12 +77,21 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
             masked.mask = np.array(condition)
             return masked
         return lanes(np.where(condition, yes, no))
+    if isinstance(condition, Symbol):
+        return Symbol([yes, no, condition])  # products are looked for in the first
     chosen = yes if condition else no
     if isinstance(chosen, float):
         zero = Symbol()
         zero.is_zero = True
         return zero
     return Number(chosen) if isinstance(chosen, int) else chosen
+
+
+def _extreme(function: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Symbol) or isinstance(b, Symbol):
+        return Symbol([a, b])
+    found = function(a, b)
+    return lanes(found) if found.shape else Number(int(found))
 
 
 def _zeros(shape: Sequence[int], dtype: Any, layout: Any) -> Any:
@@ -228,9 +242,12 @@ LANGUAGE = SimpleNamespace(
     allocate_shared_memory=_allocate,
     arange=lambda first, end, layout: lanes(np.arange(first, end)),
     zeros=_zeros, zeros_like=lambda x: lanes(np.zeros_like(x)), where=_where,
-    minimum=lambda a, b: Number(min(a, b)), maximum=lambda a, b: Number(max(a, b)),
+    minimum=lambda a, b: _extreme(np.minimum, a, b),
+    maximum=lambda a, b: _extreme(np.maximum, a, b),
     load=_load, store=_store, atomic_add=_atomic_add,
-    sum=lambda x, axis: Number(int(x.sum())), convert_layout=lambda x, layout: x,
+    sum=lambda x, axis: Symbol([x]) if isinstance(x, Symbol) else Number(int(x.sum())),
+    max=lambda x, axis: Symbol([x]), log2=lambda x: Symbol([x]),
+    convert_layout=lambda x, layout: x,
     inline_asm_elementwise=_assembly, thread_barrier=lambda: None, num_warps=lambda: 4,
     program_id=lambda axis: Number(machine().program.number),
     num_programs=lambda axis: Number(machine().programs), to_tensor=Number,
@@ -255,6 +272,7 @@ FAKES: dict[str, Any] = {
         warpgroup_mma_wait=_wait_products,
     ),
     "triton.language.core": SimpleNamespace(_aggregate=lambda cls: cls),
+    "triton.language.extra.cuda": SimpleNamespace(gdc_wait=lambda: None),
     "entropy_attn.kernels.primitives": SimpleNamespace(
         wait_for_last=lambda overlap: None, may_start_next=lambda overlap: None
     ),
