@@ -11,16 +11,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import gluon_on_cpu
 import numpy as np
 import pytest
 from gluon_machine import Machine, Number, Part, Pointer, Symbol, Wrong, check, run_programs
+from hopper_calls import Call, run_calls
 
 from entropy_attn.kernels.hopper.sums import divide
-from entropy_attn.kernels.launch import ceil_div
 
 HOPPER = "entropy_attn.kernels.hopper."
 SOURCE = [
@@ -37,39 +36,24 @@ def load(*edits: tuple[str, str]) -> Any:
     return gluon_on_cpu.load(SOURCE[0], SOURCE, replaced, edits)
 
 
-@dataclass
-class Call:
-    """A call, what the kernel is given for it, and what it has done."""
+@dataclass(kw_only=True)
+class Backward(Call):
+    """A backward, and what it has done."""
 
-    batch: int
-    kv_heads: int
-    group: int
-    q_len: int
-    kv_len: int
-    wide: bool
-    block_q: int
-    is_causal: bool
-    is_listed: bool
-    has_lens: bool
-    stages: int
     turns: bool
     unit: int
     lead: int
-    programs: int
-    places: int
-    seed: int
 
     @classmethod
-    def draw(cls, seed: int) -> Call:
+    def draw(cls, seed: int) -> Backward:
         rng = random.Random(seed)
-        wide = rng.random() < 0.5
         programs = rng.choice((1, 2, 3, 5))
         return cls(
             batch=rng.choice((1, 1, 2)),
             kv_heads=rng.choice((1, 2, 4)), group=rng.choice((1, 1, 2)),
             q_len=rng.choice((1, 60, 129, 250, 257, 441)),
-            kv_len=rng.choice((1, 100, 128, 200, 300)), wide=wide,
-            block_q=rng.choice((128, 128, 256)), is_causal=rng.random() < 0.5,
+            kv_len=rng.choice((1, 100, 128, 200, 300)), block_d=rng.choice((64, 128)),
+            block_size=(rng.choice((128, 128, 256)), BLOCK_N), is_causal=rng.random() < 0.5,
             is_listed=rng.random() < 0.75, has_lens=rng.random() < 0.3,
             stages=rng.choice((1, 2, 2, 3)), turns=rng.random() < 0.5, unit=rng.choice((1, 1, 4)),
             lead=rng.choice((1, 1, 2, 3)), programs=programs, places=rng.randint(1, programs),
@@ -77,24 +61,14 @@ class Call:
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        self.heads = self.group * self.kv_heads
-        self.block_d, self.block_m = (128, 64) if self.wide else (64, 128)
+        super().__post_init__()
+        self.block_m = 8192 // self.block_d
         self.head_dim = self.block_d - 56  # the last columns are cut, and few numbers are to move
-        self.q_blocks = ceil_div(self.q_len, self.block_q)
-        self.kv_tiles = ceil_div(self.kv_len, BLOCK_N)
-        self.listed = rng.random((self.batch, self.heads, self.q_blocks, self.kv_tiles)) < (
-            rng.choice((0.3, 0.7)) if self.is_listed else 1.1
-        )
-        self.q_ends = np.full(self.batch, self.q_len)
-        self.kv_ends = np.full(self.batch, self.kv_len)
-        if self.has_lens:
-            self.q_ends = rng.integers(0, self.q_len + 1, self.batch)
-            self.kv_ends = rng.integers(0, self.kv_len + 1, self.batch)
         self.units = divide(
-            self.batch * self.kv_heads, self.kv_tiles, self.group * self.q_len, self.unit, self.lead
-        )
-        self.items = self.batch * self.kv_heads * self.kv_tiles
+            self.batch * self.kv_heads, self.key_blocks, self.group * self.q_len, self.unit,
+            self.lead,
+        )  # fmt: skip
+        self.items = self.batch * self.kv_heads * self.key_blocks
         size = self.batch * self.heads * self.q_len * self.head_dim
         self.sums, self.out = np.full(size, np.nan), np.full(size, np.nan)
         cleared = min(self.units.lead * self.units.rows * self.head_dim, size)
@@ -102,21 +76,10 @@ class Call:
         self.counters = np.zeros(2 * self.units.count + 1, np.int64)
         self.gradients: dict[tuple[Any, ...], Symbol] = {}
 
-    def seen(self) -> np.ndarray:
-        """(B, Hq, Nq, Nk): which queries see which keys."""
-        query, key = np.arange(self.q_len), np.arange(self.kv_len)
-        seen = self.listed[:, :, query // self.block_q][..., key // BLOCK_N].copy()
-        for row in range(self.batch):
-            q_end, kv_end = self.q_ends[row], self.kv_ends[row]
-            seen[row] &= (query < q_end)[:, None] & (key < kv_end)[None, :]
-            if self.is_causal:
-                seen[row] &= key[None, :] <= query[:, None] + kv_end - q_end
-        return seen
-
     def lists(self) -> tuple[np.ndarray, np.ndarray]:
         """Offsets (B, Hq, Mk + 1) and rows (B, Hq, all) of the transposed lists; none is spare."""
         columns = self.listed.transpose(0, 1, 3, 2)
-        offsets = np.zeros((self.batch, self.heads, self.kv_tiles + 1), np.int64)
+        offsets = np.zeros((self.batch, self.heads, self.key_blocks + 1), np.int64)
         offsets[..., 1:] = columns.sum(-1).cumsum(-1)
         rows = np.zeros((self.batch, self.heads, max(1, int(offsets[..., -1].max()))), np.int64)
         for place in np.ndindex(self.batch, self.heads):
@@ -128,7 +91,7 @@ class Call:
         """(items, 4), as `order.backward_order` says: the longest columns of a unit first."""
         table = []
         for item in range(self.items):
-            head, tile = divmod(item, self.kv_tiles)
+            head, tile = divmod(item, self.key_blocks)
             place = (head // self.kv_heads, head % self.kv_heads * self.group)
             begin, end = offsets[(*place, slice(tile, tile + 2))]
             first = rows[(*place, min(begin, rows.shape[-1] - 1))] if end > begin else 0
@@ -142,20 +105,12 @@ class Call:
         order = self.order(offsets, rows)
         box = {"query": self.block_m, "grad": self.block_m, "key": 128, "value": 64}
 
-        def described(name: str, rows: int, columns: int, itemsize: int = 2) -> SimpleNamespace:
-            return SimpleNamespace(
-                name=name, dtype="bf16", itemsize=itemsize, layout=None,
-                block_type=SimpleNamespace(shape=[1, 1, rows, columns]),
-            )  # fmt: skip
-
-        descriptors = {
-            f"{name}_desc": described(name, rows, self.block_d) for name, rows in box.items()
-        }
+        descriptors = {f"{name}_desc": self.descriptor(name, rows) for name, rows in box.items()}
         descriptors |= {
-            "rows_desc": described("rows", 1, self.block_m, 4),
-            "sum_desc": described("dQ", 64, 64, 4),
-            "grad_key_desc": described("dK", 64, self.block_d),
-            "grad_value_desc": described("dV", 64, self.block_d),
+            "rows_desc": self.descriptor("rows", 1, self.block_m, 4),
+            "sum_desc": self.descriptor("dQ", 64, 64, 4),
+            "grad_key_desc": self.descriptor("dK", 64),
+            "grad_value_desc": self.descriptor("dV", 64),
         }
         pointers = {
             "sums_ptr": self.sums, "grad_query_ptr": self.out, "counters_ptr": self.counters,
@@ -166,7 +121,7 @@ class Call:
             "count_stride_b": offsets[0].size, "count_stride_h": offsets[0, 0].size,
             "index_stride_b": rows[0].size, "index_stride_h": rows[0, 0].size,
             "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_len": self.kv_len,
-            "kv_tiles": self.kv_tiles, "units": self.units.count, "lead": self.units.lead,
+            "kv_tiles": self.key_blocks, "units": self.units.count, "lead": self.units.lead,
             "unit_items": self.units.items, "all_items": self.items, "unit_rows": self.units.rows,
             "all_rows": self.batch * self.heads * self.q_len,
         }  # fmt: skip
@@ -176,9 +131,9 @@ class Call:
                 **descriptors, **{name: Pointer(x) for name, x in pointers.items()},
                 **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0, scale=1.0,
                 GROUP=self.group, HEAD_DIM=self.head_dim, BLOCK_D=self.block_d,
-                BLOCK_M=self.block_m, BLOCK_Q=self.block_q, STAGES=self.stages,
+                BLOCK_M=self.block_m, BLOCK_Q=self.block_size[0], STAGES=self.stages,
                 IS_CAUSAL=self.is_causal,
-                MAY_CUT=self.has_lens or self.kv_len % BLOCK_N != 0,
+                MAY_CUT=self.may_cut,
                 LISTED=self.is_listed, HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
                 TURNS=self.turns, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
             )  # fmt: skip
@@ -243,7 +198,7 @@ class Call:
         wanted = {
             (name, batch, head, start)
             for name in ("dK", "dV") for batch in range(self.batch)
-            for head in range(self.kv_heads) for start in range(0, self.kv_tiles * BLOCK_N, 64)
+            for head in range(self.kv_heads) for start in range(0, self.key_blocks * BLOCK_N, 64)
         }  # fmt: skip
         check(set(self.gradients) == wanted, "columns are missing")
         for (name, *key), symbol in self.gradients.items():
@@ -255,7 +210,7 @@ class Call:
                 query = min(tag[1:4] for tag in tags if tag[0] == "query")
                 steps.append(query)
                 check(
-                    query[2] < self.q_blocks * self.block_q,
+                    query[2] < self.blocks * self.block_size[0],
                     "keys that nobody lists have a gradient",
                 )
                 step = self.step(query, tuple(key))
@@ -296,18 +251,9 @@ class Call:
         check(bool((found == added[..., None]).all()), "dQ lacks parts, or has too many")
 
 
-def run_calls(module: Any, seeds: range) -> None:
-    for seed in seeds:
-        call = Call.draw(seed)
-        try:
-            call.run(module)
-        except Wrong as error:
-            raise Wrong(f"{error}, {call}") from error
-
-
 @pytest.mark.parametrize("first", range(0, 300, 50))
 def test_each_pair_once_in_any_order(first):
-    run_calls(load(), range(first, first + 50))
+    run_calls(Backward.draw, load(), range(first, first + 50))
 
 
 RAISE = "    _wait_added()\n        _raise"
@@ -353,4 +299,4 @@ def test_what_is_forgotten_is_found(forgotten):
     old, new, message = FAULTS[forgotten]
     module = load((old, new))
     with pytest.raises(Wrong, match=message):
-        run_calls(module, range(300))
+        run_calls(Backward.draw, module, range(300))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gluon_machine import Machine, Number, Pointer, Symbol, Wrong, check, run_programs
+from hopper_calls import Call, run_calls
 
 from entropy_attn.kernels.hopper.order import work_order
 from entropy_attn.kernels.launch import ceil_div
@@ -53,33 +54,19 @@ def load(*edits: tuple[str, str]) -> Any:
     return gluon_on_cpu.load(SOURCE[0], SOURCE, REPLACED, edits)
 
 
-@dataclass
-class Call:
-    """A call, what the kernel is given for it, and what it has done."""
+@dataclass(kw_only=True)
+class Forward(Call):
+    """A forward, and what it has done."""
 
-    batch: int
-    kv_heads: int
-    group: int
-    q_len: int
-    kv_len: int
-    block_d: int
-    block_size: tuple[int, int]
     block_n: int
     warpgroups: int
-    is_causal: bool
-    is_listed: bool
-    has_lens: bool
-    stages: int
     ping_pong: bool
     query_registers: bool
     pin: bool
     guard: bool
-    programs: int
-    places: int
-    seed: int
 
     @classmethod
-    def draw(cls, seed: int) -> Call:
+    def draw(cls, seed: int) -> Forward:
         rng = random.Random(seed)
         programs = rng.choice((1, 2, 3))
         warpgroups = rng.choice((1, 2))
@@ -99,33 +86,11 @@ class Call:
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        self.heads = self.group * self.kv_heads
-        block_q, block_k = self.block_size
-        shape = (self.batch, self.heads, ceil_div(self.q_len, block_q))
-        density = rng.choice((0.3, 0.7)) if self.is_listed else 1.1
-        self.listed = rng.random((*shape, ceil_div(self.kv_len, block_k))) < density
-        self.q_ends = np.full(self.batch, self.q_len)
-        self.kv_ends = np.full(self.batch, self.kv_len)
-        if self.has_lens:
-            self.q_ends = rng.integers(0, self.q_len + 1, self.batch)
-            self.kv_ends = rng.integers(0, self.kv_len + 1, self.batch)
+        super().__post_init__()
         self.block_m = ROWS * self.warpgroups
         self.q_tiles = ceil_div(self.q_len, self.block_m)
         self.found = np.zeros((self.batch, self.heads, self.q_len, self.kv_len))
         self.out: set[tuple[int, ...]] = set()
-
-    def seen(self) -> np.ndarray:
-        """(B, Hq, Nq, Nk): which queries see which keys."""
-        query, key = np.arange(self.q_len), np.arange(self.kv_len)
-        block_q, block_k = self.block_size
-        seen = self.listed[:, :, query // block_q][..., key // block_k].copy()
-        for row in range(self.batch):
-            q_end, kv_end = self.q_ends[row], self.kv_ends[row]
-            seen[row] &= (query < q_end)[:, None] & (key < kv_end)[None, :]
-            if self.is_causal:
-                seen[row] &= key[None, :] <= query[:, None] + kv_end - q_end
-        return seen
 
     def run(self, module: Any) -> None:
         mask = BlockMask.from_dense(
@@ -144,12 +109,6 @@ class Call:
         order = table.numpy().reshape(-1).astype(np.int64)
         indices = mask.kv_indices.numpy().astype(np.int64)
 
-        def described(name: str, rows: int) -> SimpleNamespace:
-            shape = SimpleNamespace(shape=[1, 1, rows, self.block_d])
-            return SimpleNamespace(
-                name=name, dtype="bf16", itemsize=2, layout=None, block_type=shape
-            )
-
         keys = min(self.block_n, self.block_size[1])
         lse = np.full(self.batch * self.heads * self.q_len, np.nan)
         numbers = {
@@ -160,15 +119,16 @@ class Call:
 
         def launch() -> None:
             module._forward_kernel(
-                described("query", ROWS), described("key", keys), described("value", keys),
-                described("out", ROWS), Pointer(lse), Pointer(lse), Pointer(lse),
+                self.descriptor("query", ROWS), self.descriptor("key", keys),
+                self.descriptor("value", keys), self.descriptor("out", ROWS),
+                Pointer(lse), Pointer(lse), Pointer(lse),
                 Pointer(indices.reshape(-1)), Pointer(self.kv_ends), Pointer(self.q_ends),
                 Pointer(order), **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0,
                 BLOCK_D=self.block_d, BLOCK_N=self.block_n, BLOCK_Q=self.block_size[0],
                 BLOCK_K=self.block_size[1], WARPGROUPS=self.warpgroups, STAGES=self.stages,
                 IS_CAUSAL=self.is_causal,
-                MAY_CUT=self.has_lens or self.kv_len % self.block_size[1] != 0,
-                LISTED=self.is_listed, HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
+                MAY_CUT=self.may_cut, LISTED=self.is_listed,
+                HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
                 ROW_ENTROPY=False, BLOCK_ENTROPY=False, PING_PONG=self.ping_pong,
                 QUERY_REGISTERS=self.query_registers, PIN=self.pin, GUARD=self.guard,
                 CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
@@ -225,18 +185,9 @@ class Call:
             ]
 
 
-def run_calls(module: Any, seeds: range) -> None:
-    for seed in seeds:
-        call = Call.draw(seed)
-        try:
-            call.run(module)
-        except Wrong as error:
-            raise Wrong(f"{error}, {call}") from error
-
-
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_each_pair_once_in_any_order(first):
-    run_calls(load(), range(first, first + 50))
+    run_calls(Forward.draw, load(), range(first, first + 50))
 
 
 KEYS_FREE = "            memory.keys.wait_empty(use)\n"
@@ -266,4 +217,4 @@ def test_what_is_forgotten_is_found(forgotten):
     old, new, message = FAULTS[forgotten]
     module = load((old, new))
     with pytest.raises(Wrong, match=message):
-        run_calls(module, range(300))
+        run_calls(Forward.draw, module, range(300))

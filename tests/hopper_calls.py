@@ -1,0 +1,88 @@
+"""Small attention calls for the Hopper kernels' source on the CPU, and what is to come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from gluon_machine import Wrong
+
+from entropy_attn.kernels.launch import ceil_div
+
+
+@dataclass(kw_only=True)
+class Call:
+    """A call with random lists, and how the kernel is built and launched for it.
+
+    Attributes:
+        block_d: head_dim, as tiles have it. places: programs that run at a time.
+        listed: (B, Hq, Mq, Mk) bool. q_ends, kv_ends: (B,) valid lengths.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int]
+    block_d: int
+    is_causal: bool
+    is_listed: bool
+    has_lens: bool
+    stages: int
+    programs: int
+    places: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.heads = self.group * self.kv_heads
+        self.blocks = ceil_div(self.q_len, self.block_size[0])
+        self.key_blocks = ceil_div(self.kv_len, self.block_size[1])
+        density = rng.choice((0.3, 0.7)) if self.is_listed else 1.1
+        shape = (self.batch, self.heads, self.blocks, self.key_blocks)
+        self.listed = rng.random(shape) < density
+        self.q_ends = np.full(self.batch, self.q_len)
+        self.kv_ends = np.full(self.batch, self.kv_len)
+        if self.has_lens:
+            self.q_ends = rng.integers(0, self.q_len + 1, self.batch)
+            self.kv_ends = rng.integers(0, self.kv_len + 1, self.batch)
+
+    @property
+    def may_cut(self) -> bool:
+        return self.has_lens or self.kv_len % self.block_size[1] != 0
+
+    def seen(self) -> np.ndarray:
+        """(B, Hq, Nq, Nk): which queries see which keys."""
+        query, key = np.arange(self.q_len), np.arange(self.kv_len)
+        block_q, block_k = self.block_size
+        seen = self.listed[:, :, query // block_q][..., key // block_k].copy()
+        for row in range(self.batch):
+            q_end, kv_end = self.q_ends[row], self.kv_ends[row]
+            seen[row] &= (query < q_end)[:, None] & (key < kv_end)[None, :]
+            if self.is_causal:
+                seen[row] &= key[None, :] <= query[:, None] + kv_end - q_end
+        return seen
+
+    def descriptor(self, name: str, rows: int, columns: int = 0, itemsize: int = 2) -> Any:
+        """What a kernel asks of a descriptor, and a name."""
+        return SimpleNamespace(
+            name=name, dtype="bf16", itemsize=itemsize, layout=None,
+            block_type=SimpleNamespace(shape=[1, 1, rows, columns or self.block_d]),
+        )  # fmt: skip
+
+    def run(self, module: Any) -> None:
+        raise NotImplementedError
+
+
+def run_calls(draw: Callable[[int], Call], module: Any, seeds: range) -> None:
+    """Run the kernel of a module; what is wrong is said together with the call."""
+    for seed in seeds:
+        call = draw(seed)
+        try:
+            call.run(module)
+        except Wrong as error:
+            raise Wrong(f"{error}, {call}") from error
