@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from gluon_machine import Wrong
 
 from entropy_attn.kernels.launch import ceil_div
@@ -86,3 +87,13 @@ def run_calls(draw: Callable[[int], Call], module: Any, seeds: range) -> None:
             call.run(module)
         except Wrong as error:
             raise Wrong(f"{error}, {call}") from error
+
+
+def assert_found(
+    draw: Callable[[int], Call], load: Callable[..., Any], fault: tuple[str, str, str]
+) -> None:
+    """That something is said of a fault: (the source, what stands there instead, what is said)."""
+    old, new, message = fault
+    module = load((old, new))
+    with pytest.raises(Wrong, match=message):
+        run_calls(draw, module, range(300))

@@ -16,8 +16,8 @@ from typing import Any
 import gluon_on_cpu
 import numpy as np
 import pytest
-from gluon_machine import Machine, Number, Part, Pointer, Symbol, Wrong, check, run_programs
-from hopper_calls import Call, run_calls
+from gluon_machine import Machine, Number, Part, Pointer, Symbol, check, run_programs
+from hopper_calls import Call, assert_found, run_calls
 
 from entropy_attn.kernels.hopper.sums import divide
 
@@ -296,7 +296,4 @@ FAULTS = {
 
 @pytest.mark.parametrize("forgotten", FAULTS)
 def test_what_is_forgotten_is_found(forgotten):
-    old, new, message = FAULTS[forgotten]
-    module = load((old, new))
-    with pytest.raises(Wrong, match=message):
-        run_calls(Backward.draw, module, range(300))
+    assert_found(Backward.draw, load, FAULTS[forgotten])

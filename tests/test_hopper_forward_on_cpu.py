@@ -18,8 +18,8 @@ import gluon_on_cpu
 import numpy as np
 import pytest
 import torch
-from gluon_machine import Machine, Number, Pointer, Symbol, Wrong, check, run_programs
-from hopper_calls import Call, run_calls
+from gluon_machine import Machine, Number, Pointer, Symbol, check, run_programs
+from hopper_calls import Call, assert_found, run_calls
 
 from entropy_attn.kernels.hopper.order import work_order
 from entropy_attn.kernels.launch import ceil_div
@@ -214,7 +214,4 @@ FAULTS = {
 
 @pytest.mark.parametrize("forgotten", FAULTS)
 def test_what_is_forgotten_is_found(forgotten):
-    old, new, message = FAULTS[forgotten]
-    module = load((old, new))
-    with pytest.raises(Wrong, match=message):
-        run_calls(Forward.draw, module, range(300))
+    assert_found(Forward.draw, load, FAULTS[forgotten])
