@@ -234,19 +234,14 @@ class Stack:
 class View:
     """A tile of a `Stack`, or some rows of it, or its transpose."""
 
-    def __init__(self, cells: list[list[Cell]], stack: Stack) -> None:
-        self.cells, self.dtype, self.bytes = cells, stack.dtype, stack.bytes
-
-    def _like(self, cells: list[list[Cell]]) -> View:
-        view = object.__new__(View)
-        view.cells, view.dtype, view.bytes = cells, self.dtype, self.bytes
-        return view
+    def __init__(self, cells: list[list[Cell]], whole: Stack | View) -> None:
+        self.cells, self.dtype, self.bytes = cells, whole.dtype, whole.bytes
 
     def slice(self, start: int, length: int) -> View:
-        return self._like(self.cells[start // CELL : (start + length) // CELL])
+        return View(self.cells[start // CELL : (start + length) // CELL], self)
 
     def permute(self, order: Any) -> View:
-        return self._like([list(column) for column in zip(*self.cells, strict=True)])
+        return View([list(column) for column in zip(*self.cells, strict=True)], self)
 
     def all(self) -> list[tuple[int, int, Cell]]:
         return [(r, c, cell) for r, row in enumerate(self.cells) for c, cell in enumerate(row)]
@@ -304,13 +299,13 @@ class Barrier:
         check(self.pending > 0, "more arrivals at a barrier than its phase has")
         self.bytes += expected
         self.pending -= 1
-        self.check()
+        self._end_phase()
 
     def complete(self, count: int) -> None:
         self.bytes -= count
-        self.check()
+        self._end_phase()
 
-    def check(self) -> None:
+    def _end_phase(self) -> None:
         if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase + 1, self.count
 

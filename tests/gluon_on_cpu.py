@@ -12,7 +12,7 @@ products that are used before they are there.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -164,7 +164,7 @@ def _wait_products(left: int, deps: Sequence[Symbol]) -> Any:
     products = machine().current.products
     while len(products) > left:
         result, read = products.pop(0)
-        result.undefined = result.undefined or read.end()
+        result.undefined = read.end()
         result.pending = False
     return deps[0] if len(deps) == 1 else tuple(deps)
 
@@ -280,25 +280,21 @@ FAKES: dict[str, Any] = {
 
 
 def load(
-    name: str,
-    modules: Iterable[str],
-    replaced: Mapping[str, Any],
-    edits: Sequence[tuple[str, str]] = (),
+    modules: Sequence[str], replaced: Mapping[str, Any], edits: Sequence[tuple[str, str]] = ()
 ) -> Any:
-    """A module with Gluon replaced, and those of ``modules`` that it imports.
+    """The first of some modules with Gluon replaced, in it and in the others that it imports.
 
     Args:
         replaced: names of any of these modules that get another value.
         edits: (old, new) pieces of source, each of which has to be found once in all.
     """
-    known = set(modules)
     loaded: dict[str, ModuleType] = {}
     left = list(edits)
 
     def importer(name: str, space: Any = None, local: Any = None, wanted: Any = (), level: int = 0):
         if name in FAKES and wanted:
             return FAKES[name]
-        if name in known:
+        if name in modules:
             return execute(name)
         return builtins.__import__(name, space, local, wanted, level)
 
@@ -319,6 +315,6 @@ def load(
         module.__dict__.update({n: x for n, x in replaced.items() if n in module.__dict__})
         return module
 
-    module = execute(name)
+    module = execute(modules[0])
     assert not left, f"not in the source: {left}"
     return module

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gluon_machine import Wrong
 
 from entropy_attn.kernels.launch import ceil_div
+from entropy_attn.masks import BlockMask
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,21 @@ class Call:
             if self.is_causal:
                 seen[row] &= key[None, :] <= query[:, None] + kv_end - q_end
         return seen
+
+    def mask(self) -> BlockMask:
+        listed = torch.from_numpy(self.listed)
+        return BlockMask.from_dense(listed, self.block_size, self.q_len, self.kv_len)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys."""
+        query = torch.zeros(self.batch, self.heads, self.q_len, self.block_d)
+        return query, torch.zeros(self.batch, self.kv_heads, self.kv_len, self.block_d)
+
+    def lens(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Valid keys and queries, as launchers take them."""
+        if not self.has_lens:
+            return None, None
+        return torch.from_numpy(self.kv_ends).int(), torch.from_numpy(self.q_ends).int()
 
     def descriptor(self, name: str, rows: int, columns: int = 0, itemsize: int = 2) -> Any:
         """What a kernel asks of a descriptor, and a name."""

@@ -9,6 +9,7 @@ a wrong time.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import gluon_on_cpu
 import numpy as np
 import pytest
+import torch
 from gluon_machine import Machine, Number, Part, Pointer, Symbol, check, run_programs
 from hopper_calls import Call, assert_found, run_calls
 
+from entropy_attn.block_lists import column_lists
+from entropy_attn.kernels.hopper.order import backward_order
 from entropy_attn.kernels.hopper.sums import divide
 
 HOPPER = "entropy_attn.kernels.hopper."
@@ -33,7 +37,7 @@ BLOCK_N = 128
 
 def load(*edits: tuple[str, str]) -> Any:
     replaced = {"add_to_global": gluon_on_cpu.copy_out}
-    return gluon_on_cpu.load(SOURCE[0], SOURCE, replaced, edits)
+    return gluon_on_cpu.load(SOURCE, replaced, edits)
 
 
 @dataclass(kw_only=True)
@@ -76,33 +80,19 @@ class Backward(Call):
         self.counters = np.zeros(2 * self.units.count + 1, np.int64)
         self.gradients: dict[tuple[Any, ...], Symbol] = {}
 
-    def lists(self) -> tuple[np.ndarray, np.ndarray]:
+    def lists(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Offsets (B, Hq, Mk + 1) and rows (B, Hq, all) of the transposed lists; none is spare."""
-        columns = self.listed.transpose(0, 1, 3, 2)
-        offsets = np.zeros((self.batch, self.heads, self.key_blocks + 1), np.int64)
-        offsets[..., 1:] = columns.sum(-1).cumsum(-1)
-        rows = np.zeros((self.batch, self.heads, max(1, int(offsets[..., -1].max()))), np.int64)
-        for place in np.ndindex(self.batch, self.heads):
-            found = np.nonzero(columns[place])[1]
-            rows[(*place, slice(len(found)))] = found
-        return offsets, rows
-
-    def order(self, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(items, 4), as `order.backward_order` says: the longest columns of a unit first."""
-        table = []
-        for item in range(self.items):
-            head, tile = divmod(item, self.key_blocks)
-            place = (head // self.kv_heads, head % self.kv_heads * self.group)
-            begin, end = offsets[(*place, slice(tile, tile + 2))]
-            first = rows[(*place, min(begin, rows.shape[-1] - 1))] if end > begin else 0
-            members = offsets[place[0], place[1] : place[1] + self.group]
-            length = (members[:, tile + 1] - members[:, tile]).sum()
-            table.append((item // self.units.items, -length, item, begin, end - begin, first))
-        return np.array([row[2:] for row in sorted(table)], np.int64)
+        mask = self.mask()
+        offsets, rows = column_lists(mask.kv_num_blocks, mask.kv_indices, self.key_blocks)
+        return offsets, rows[..., : max(1, int(offsets.max()))].contiguous()
 
     def run(self, module: Any) -> None:
-        offsets, rows = self.lists()
-        order = self.order(offsets, rows)
+        lists = self.lists()
+        table = backward_order(
+            *self.tensors(), *lists, self.units.heads, self.block_size[0], self.is_causal,
+            *self.lens(),
+        )  # fmt: skip
+        order, offsets, rows = (x.numpy().astype(np.int64) for x in (table[:-1], *lists))
         box = {"query": self.block_m, "grad": self.block_m, "key": 128, "value": 64}
 
         descriptors = {f"{name}_desc": self.descriptor(name, rows) for name, rows in box.items()}
@@ -132,9 +122,8 @@ class Backward(Call):
                 **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0, scale=1.0,
                 GROUP=self.group, HEAD_DIM=self.head_dim, BLOCK_D=self.block_d,
                 BLOCK_M=self.block_m, BLOCK_Q=self.block_size[0], STAGES=self.stages,
-                IS_CAUSAL=self.is_causal,
-                MAY_CUT=self.may_cut,
-                LISTED=self.is_listed, HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
+                IS_CAUSAL=self.is_causal, MAY_CUT=self.may_cut, LISTED=self.is_listed,
+                HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
                 TURNS=self.turns, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0,
             )  # fmt: skip
 
@@ -201,14 +190,14 @@ class Backward(Call):
             for head in range(self.kv_heads) for start in range(0, self.key_blocks * BLOCK_N, 64)
         }  # fmt: skip
         check(set(self.gradients) == wanted, "columns are missing")
+        steps: dict[Any, Counter[Any]] = {name: Counter() for name in ("dK", "dV")}
         for (name, *key), symbol in self.gradients.items():
             if symbol.is_zero:
                 continue
-            steps = []
             for left, right in symbol.products():
                 tags, masks = left.gather()
                 query = min(tag[1:4] for tag in tags if tag[0] == "query")
-                steps.append(query)
+                steps[name][(*key, *query)] += 1
                 check(
                     query[2] < self.blocks * self.block_size[0],
                     "keys that nobody lists have a gradient",
@@ -223,8 +212,7 @@ class Backward(Call):
                 else:
                     of_ds = of_p | step["grad"] | step["value"] | step["delta"]
                     check(tags == of_ds and set(right) == step["query"], f"dK of {tags}, {right}")
-            other = self.gradients[("dK" if name == "dV" else "dV", *key)]
-            check(len(steps) == len(other.products()), "dK and dV of other steps")
+        check(steps["dK"] == steps["dV"], "dK and dV of other steps")
         # Where a row sees nothing, its log-sum-exp makes P zero.
         rows = seen.any(-1)
         check((found == seen)[rows].all(), "pairs are missing, or added that are not seen")

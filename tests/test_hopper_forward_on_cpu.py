@@ -17,13 +17,11 @@ from typing import Any
 import gluon_on_cpu
 import numpy as np
 import pytest
-import torch
 from gluon_machine import Machine, Number, Pointer, Symbol, check, run_programs
 from hopper_calls import Call, assert_found, run_calls
 
 from entropy_attn.kernels.hopper.order import work_order
 from entropy_attn.kernels.launch import ceil_div
-from entropy_attn.masks import BlockMask
 
 HOPPER = "entropy_attn.kernels.hopper."
 SOURCE = [
@@ -51,7 +49,7 @@ REPLACED = {
 
 
 def load(*edits: tuple[str, str]) -> Any:
-    return gluon_on_cpu.load(SOURCE[0], SOURCE, REPLACED, edits)
+    return gluon_on_cpu.load(SOURCE, REPLACED, edits)
 
 
 @dataclass(kw_only=True)
@@ -93,18 +91,12 @@ class Forward(Call):
         self.out: set[tuple[int, ...]] = set()
 
     def run(self, module: Any) -> None:
-        mask = BlockMask.from_dense(
-            torch.from_numpy(self.listed), self.block_size, self.q_len, self.kv_len
-        )
+        mask = self.mask()
         lists = (mask.kv_num_blocks, mask.kv_indices) if self.is_listed else (None, None)
-        query = torch.zeros(self.batch, self.heads, self.q_len, self.block_d)
-        key = torch.zeros(self.batch, self.kv_heads, self.kv_len, self.block_d)
-        lens = [None, None]
-        if self.has_lens:
-            lens = [torch.from_numpy(x).int() for x in (self.kv_ends, self.q_ends)]
         table = work_order(
-            query, key, *lists, self.block_size, self.block_m, self.is_causal, 50 << 20, *lens
-        )
+            *self.tensors(), *lists, self.block_size, self.block_m, self.is_causal, 50 << 20,
+            *self.lens(),
+        )  # fmt: skip
         items = len(table) - 1
         order = table.numpy().reshape(-1).astype(np.int64)
         indices = mask.kv_indices.numpy().astype(np.int64)
@@ -126,8 +118,7 @@ class Forward(Call):
                 Pointer(order), **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0,
                 BLOCK_D=self.block_d, BLOCK_N=self.block_n, BLOCK_Q=self.block_size[0],
                 BLOCK_K=self.block_size[1], WARPGROUPS=self.warpgroups, STAGES=self.stages,
-                IS_CAUSAL=self.is_causal,
-                MAY_CUT=self.may_cut, LISTED=self.is_listed,
+                IS_CAUSAL=self.is_causal, MAY_CUT=self.may_cut, LISTED=self.is_listed,
                 HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
                 ROW_ENTROPY=False, BLOCK_ENTROPY=False, PING_PONG=self.ping_pong,
                 QUERY_REGISTERS=self.query_registers, PIN=self.pin, GUARD=self.guard,
@@ -158,18 +149,15 @@ class Forward(Call):
             keys = {tag for tag in tags if tag[0] == "key"}
             check(tags - keys == queries, f"scores at {place} of {tags - keys}")
             check({("value", *tag[1:]) for tag in keys} == set(right), f"values {right}")
-            starts = sorted({tag[3] for tag in right})
             check(all(tag[1:3] == (batch, head // self.group) for tag in right), f"heads {right}")
-            self.cover(place, [tag[3] for tag in right if tag[4] == 0], masks, starts)
+            self.cover(place, [tag[3] for tag in right if tag[4] == 0], masks)
 
-    def cover(
-        self, place: Sequence[int], runs: list[int], masks: list[np.ndarray], starts: list[int]
-    ) -> None:
+    def cover(self, place: Sequence[int], runs: list[int], masks: list[np.ndarray]) -> None:
         """Of a step: keys by runs of 64, in the order in which they lie in the tile."""
         batch, head, row, _ = place
         check(len(masks) < 2, "masked twice")
         mask = masks[0] if masks else np.ones((ROWS, self.block_n), bool)
-        check(len(runs) * 64 == mask.shape[1], f"keys of {starts}")
+        check(len(runs) * 64 == mask.shape[1], f"keys from {runs} on")
         rows = max(0, self.q_len - row)
         valid = max(0, self.q_ends[batch] - row)
         for number, start in enumerate(runs):

@@ -16,8 +16,7 @@ from entropy_attn.kernels.backward_statistics import row_statistics
 from entropy_attn.kernels.hopper.sums import allocate, divide, round_last
 
 numbers = st.integers(1, 600)
-NAME = "entropy_attn.kernels.hopper.sums"
-SUMS = gluon_on_cpu.load(NAME, [NAME], {}).Sums  # the kernel's own
+SUMS = gluon_on_cpu.load(["entropy_attn.kernels.hopper.sums"], {}).Sums  # the kernel's own
 
 
 @given(numbers, numbers, numbers, st.integers(0, 200), st.integers(1, 3))
