@@ -76,6 +76,9 @@ _give_operators()
 class Lanes(np.ndarray):
     """A vector whose entries are real."""
 
+    def permute(self, order: Sequence[int]) -> Lanes:
+        return self.transpose(order)
+
     def to(self, dtype: Any) -> Lanes:
         return self
 
@@ -145,6 +148,12 @@ class Symbol:
         return same
 
     def __getitem__(self, key: Any) -> Symbol:
+        return self
+
+    def reshape(self, shape: Sequence[int]) -> Symbol:
+        return self
+
+    def permute(self, order: Sequence[int]) -> Symbol:
         return self
 
     def _merged(self, other: Any) -> Symbol:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from gluon_machine import Wrong
 
 from entropy_attn.kernels.launch import ceil_div
@@ -94,6 +95,22 @@ class Call:
 
     def run(self, module: Any) -> None:
         raise NotImplementedError
+
+
+def row_by_row(sums: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """dQ, like query, of sums as the backward has them in memory, (steps, 64, 128).
+
+    Written from what `sum_tiles` says in words, with nothing of its code.
+    """
+    batch, heads, length, head_dim = query.shape
+    pairs = rearrange(
+        sums.flatten(),
+        "(bh tile row2 col16 row1 col2 col8 col1) -> bh tile (row2 row1) (col16 col8 col2 col1)",
+        bh=batch * heads, row2=32, row1=2, col16=4, col8=2, col2=4, col1=2,
+    )  # fmt: skip
+    across = 1 if head_dim <= 64 else 2
+    rows = rearrange(pairs, "bh (down across) row col -> bh (down row) (across col)", across=across)
+    return rows[:, :length, :head_dim].reshape(query.shape).to(query.dtype)
 
 
 def run_calls(draw: Callable[[int], Call], module: Any, seeds: range) -> None:

@@ -23,13 +23,16 @@ from hopper_calls import Call, assert_found, run_calls
 
 from entropy_attn.block_lists import column_lists
 from entropy_attn.kernels.hopper.order import backward_order
-from entropy_attn.kernels.hopper.sums import divide
+from entropy_attn.kernels.hopper.sum_tiles import STRIP
+from entropy_attn.kernels.hopper.sums import UNITS, divide
+from entropy_attn.kernels.launch import ceil_div
 
 HOPPER = "entropy_attn.kernels.hopper."
 SOURCE = [
     HOPPER + name
     for name in (
-        "backward", "backward_memory", "backward_step", "columns", "primitives", "sums",
+        "backward", "backward_memory", "backward_step", "columns", "primitives", "sum_tiles",
+        "sums",
     )
 ]  # fmt: skip
 BLOCK_N = 128
@@ -68,15 +71,15 @@ class Backward(Call):
         super().__post_init__()
         self.block_m = 8192 // self.block_d
         self.head_dim = self.block_d - 56  # the last columns are cut, and few numbers are to move
+        self.steps = ceil_div(self.q_len, self.block_m)
         self.units = divide(
-            self.batch * self.kv_heads, self.key_blocks, self.group * self.q_len, self.unit,
+            self.batch * self.kv_heads, self.group, self.key_blocks, self.steps, self.unit,
             self.lead,
         )  # fmt: skip
-        self.items = self.batch * self.kv_heads * self.key_blocks
-        size = self.batch * self.heads * self.q_len * self.head_dim
-        self.sums, self.out = np.full(size, np.nan), np.full(size, np.nan)
-        cleared = min(self.units.lead * self.units.rows * self.head_dim, size)
-        self.sums[:cleared] = 0
+        self.sums = np.full((self.batch * self.heads, self.steps, 8192), np.nan)
+        self.out = np.full((self.batch * self.heads, self.q_len, self.head_dim), np.nan)
+        cleared = self.units.lead * self.units.strips * STRIP.value
+        self.sums.reshape(-1)[:cleared] = 0
         self.counters = np.zeros(2 * self.units.count + 1, np.int64)
         self.gradients: dict[tuple[Any, ...], Symbol] = {}
 
@@ -98,12 +101,13 @@ class Backward(Call):
         descriptors = {f"{name}_desc": self.descriptor(name, rows) for name, rows in box.items()}
         descriptors |= {
             "rows_desc": self.descriptor("rows", 1, self.block_m, 4),
-            "sum_desc": self.descriptor("dQ", 64, 64, 4),
+            "sum_desc": self.descriptor("dQ", 64, 128, 4),
             "grad_key_desc": self.descriptor("dK", 64),
             "grad_value_desc": self.descriptor("dV", 64),
         }
         pointers = {
-            "sums_ptr": self.sums, "grad_query_ptr": self.out, "counters_ptr": self.counters,
+            "sums_ptr": self.sums.reshape(-1), "grad_query_ptr": self.out.reshape(-1),
+            "counters_ptr": self.counters,
             "order_ptr": order.reshape(-1), "offsets_ptr": offsets.reshape(-1),
             "rows_ptr": rows.reshape(-1), "kv_lens_ptr": self.kv_ends, "q_lens_ptr": self.q_ends,
         }  # fmt: skip
@@ -111,9 +115,7 @@ class Backward(Call):
             "count_stride_b": offsets[0].size, "count_stride_h": offsets[0, 0].size,
             "index_stride_b": rows[0].size, "index_stride_h": rows[0, 0].size,
             "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_len": self.kv_len,
-            "kv_tiles": self.key_blocks, "units": self.units.count, "lead": self.units.lead,
-            "unit_items": self.units.items, "all_items": self.items, "unit_rows": self.units.rows,
-            "all_rows": self.batch * self.heads * self.q_len,
+            "kv_tiles": self.key_blocks, **dict(zip(UNITS, self.units.numbers(), strict=True)),
         }  # fmt: skip
 
         def launch() -> None:
@@ -128,7 +130,7 @@ class Backward(Call):
             )  # fmt: skip
 
         machine = Machine(self.seed, self.places, self.stored)
-        run_programs(machine, launch, min(self.programs, self.items))
+        run_programs(machine, launch, min(self.programs, self.units.all_items))
         self.check_gradients()
 
     # What is made of what
@@ -162,24 +164,24 @@ class Backward(Call):
             check(all(part.symbol is symbol for part in contents), f"{key} is of two tiles")
             self.gradients[key] = symbol
             return
-        batch, head, row, column = place
+        head, step = divmod(place[0], self.steps)
+        for half, part in enumerate(contents):
+            self.check_tile(divmod(head, self.heads), step * self.block_m, half, part.symbol)
+        self.sums[head, step] += 1
+
+    def check_tile(self, head: tuple[int, int], start: int, half: int, symbol: Symbol) -> None:
+        """A tile of what a step adds to dQ: of the first or second half of its rows or columns."""
         [(left, right)] = symbol.products()
-        half = (row % self.block_m if self.block_m > 64 else column) // 64
+        rows, columns = (half, 0) if self.block_m > 64 else (0, half)
         for number, part in enumerate(left):
             assert isinstance(part, Part)
             tags, _ = part.symbol.gather()
-            starts = {tag[3] for tag in tags if tag[0] == "query"}
             key = min(tag[1:4] for tag in right if tag[0] == "key")
-            mine = (*key[:2], key[2] + 64 * number)
-            step = self.step((batch, head, min(starts)), mine)
-            check(tags == set().union(*step.values()), f"dQ at {place}: dS of {tags}")
-            check(min(starts) == row - (64 * half if self.block_m > 64 else 0), "another step")
-            check(part.column == (half if self.block_m > 64 else 0), "another half of dS")
-        columns = [0] if self.block_m > 64 else [column]
-        keys = {("key", *key[:2], key[2] + n, c) for n in (0, 64) for c in columns}
-        check(len(left) == 2 and set(right) == keys, f"dQ at {place}: keys {right}")
-        sums = self.sums.reshape(self.batch, self.heads, self.q_len, self.head_dim)
-        sums[batch, head, row : row + 64, column : column + 64] += 1
+            step = self.step((*head, start), (*key[:2], key[2] + 64 * number))
+            check(tags == set().union(*step.values()), f"dQ at {head}, {start}: dS of {tags}")
+            check(part.column == rows, "another half of dS")
+        keys = {("key", *key[:2], key[2] + n, 64 * columns) for n in (0, 64)}
+        check(len(left) == 2 and set(right) == keys, f"dQ at {head}, {start}: keys {right}")
 
     def check_gradients(self) -> None:
         seen, found = self.seen(), np.zeros((self.batch, self.heads, self.q_len, self.kv_len))
@@ -231,12 +233,16 @@ class Backward(Call):
     def check_sums(self, added: np.ndarray) -> None:
         units = self.units
         told = self.counters[units.count : 2 * units.count]
-        check((told[:-1] == units.items).all() and told[-1] == units.last_items, "who has added")
-        first = (units.count - units.lead) * units.rows * self.head_dim
+        last_items = units.all_items - (units.count - 1) * units.items
+        check((told[:-1] == units.items).all() and told[-1] == last_items, "who has added")
+        first = (units.count - units.lead) * units.heads * self.group
         check(bool(np.isnan(self.out[first:]).all()), "rounded before the last launch")
-        self.out[first:] = self.sums[first:]  # what that launch does
-        found = self.out.reshape(*added.shape, self.head_dim)
-        check(bool((found == added[..., None]).all()), "dQ lacks parts, or has too many")
+        same = bool((self.sums == self.sums[..., :1]).all())
+        check(same, "dQ lacks parts of a step")
+        found = self.sums[..., 0].repeat(self.block_m, 1)[:, : self.q_len]
+        rounded = self.out[:first]
+        check(bool((rounded == found[:first, :, None]).all()), "dQ is rounded at a wrong time")
+        check(bool((found == added.reshape(found.shape)).all()), "dQ lacks parts, or has too many")
 
 
 @pytest.mark.parametrize("first", range(0, 300, 50))
@@ -245,20 +251,20 @@ def test_each_pair_once_in_any_order(first):
 
 
 RAISE = "    _wait_added()\n        _raise"
-ROUND = "            if first < end:\n                _wait_for"
+ADDED = "                self.wait_added(unit - self.lead)\n"
 GIVEN_BACK = "            buffers.values.release(turn)"
 TAKEN = "mbarrier.wait(self.taken.index(slot_of(turn, SLOTS)), phase_of(turn, SLOTS) ^ 1)"
 FETCH = "        buffers.keys.wait_empty(turn)\n"
 DS_SLOT = "    buffers.queries.wait_empty(use - 1 + buffers.queries.SLOTS)\n"
 DS_FULL = "mbarrier.arrive(buffers.scores_full"
-HANDED_OVER = "store(acc * columns.scale)"
+HANDED_OVER = "store(in_order(acc * columns.scale))"
 FENCE = "\n    fence_async_shared()"
 
 # What is forgotten: the source, what stands there instead, and what is said of it.
 FAULTS = {
     "waiting for sums to be cleared": ("sums.wait_cleared(item)", "pass", "dQ lacks"),
-    "waiting for sums to be added": (ROUND, ROUND.replace("first < end", "False"), "dQ lacks"),
-    "additions on their way": (RAISE, "    _raise", "dQ lacks"),
+    "waiting for sums to be added": (ADDED, "", "dQ is rounded"),
+    "additions on their way": (RAISE, "    _raise", "dQ is rounded"),
     "the last column's keys": ("turn - is_first, use", "turn, use", "dQ at"),
     "waiting for a slot of dS": (DS_SLOT, "", "undefined|dS"),
     "the copy engine's alignment": ("Q * self.BLOCK_Q", "Q * 0 + self.q_len", "takes no"),

@@ -50,7 +50,7 @@ from entropy_attn.kernels.hopper.backward_step import (
     store_gradient,
     take_step,
 )
-from entropy_attn.kernels.hopper.columns import BLOCK_N, KEYS, PIECE, Columns
+from entropy_attn.kernels.hopper.columns import BLOCK_N, KEYS, Columns
 from entropy_attn.kernels.hopper.config import (
     REGISTERS,
     HopperBackwardConfig,
@@ -66,6 +66,7 @@ from entropy_attn.kernels.hopper.primitives import (
     valid_ends,
 )
 from entropy_attn.kernels.hopper.sums import (
+    UNITS,
     WARPS,
     Sums,
     Units,
@@ -85,9 +86,6 @@ from entropy_attn.kernels.launch import (
 )
 from entropy_attn.kernels.plans import Launch, planned
 from entropy_attn.kernels.primitives import may_start_next, wait_for_last
-
-# Of the division of work, which follows from lengths.
-UNITS = "units", "lead", "unit_items", "all_items", "unit_rows", "all_rows"
 
 
 @gluon.jit
@@ -238,11 +236,12 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
 
 @gluon.jit
 def _writer(columns, buffers, sums, sum_desc):
-    """Add the parts of dQ to the sums in memory; rows past the last one are cut."""
+    """Add the parts of dQ to the sums in memory."""
     mbarrier.wait(buffers.sum_full, 0)
     mbarrier.arrive(buffers.sum_empty, count=1)
     turn = _counter()
     use = _counter() + 1
+    head_steps = (columns.q_len + columns.BLOCK_M - 1) // columns.BLOCK_M
     item, column, begin, count, _ = buffers.items.read(turn)
     while item != NO_ITEM:
         buffers.give_item_back(turn)
@@ -259,12 +258,10 @@ def _writer(columns, buffers, sums, sum_desc):
             while step < end:
                 row = columns.start(pointer, step, last)
                 mbarrier.wait(buffers.sum_full, phase_of(use, 1))
-                add_to_global(sum_desc, [batch, head, row, 0], buffers.sum_boxes.index(0))
-                # The second warpgroup has the other rows, or the other columns.
-                if columns.BLOCK_M == 64:
-                    add_to_global(sum_desc, [batch, head, row, PIECE], buffers.sum_boxes.index(1))
-                else:
-                    add_to_global(sum_desc, [batch, head, row + 64, 0], buffers.sum_boxes.index(1))
+                if row < columns.q_len:  # else it is a step of no queries
+                    place = (batch * columns.kv_heads * columns.GROUP + head) * head_steps
+                    place += row // columns.BLOCK_M
+                    add_to_global(sum_desc, [place, 0, 0], buffers.sum_box)
                 tma.store_wait(0)
                 mbarrier.arrive(buffers.sum_empty, count=1)
                 use += 1
@@ -298,7 +295,7 @@ def _backward_kernel(
     order_ptr, offsets_ptr, rows_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, index_stride_b, index_stride_h,
     kv_heads, q_len, kv_len, kv_tiles, scale_log2, scale,
-    units, lead, unit_items, all_items, unit_rows, all_rows,
+    units, lead, unit_items, all_items, head_strips, unit_strips, all_strips,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr,
     LISTED: gl.constexpr, HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr, TURNS: gl.constexpr,
@@ -313,8 +310,8 @@ def _backward_kernel(
         IS_CAUSAL, MAY_CUT, LISTED, HAS_KV_LENS, HAS_Q_LENS, TURNS,
     )  # fmt: skip
     sums = Sums(
-        sums_ptr, grad_query_ptr, counters_ptr, units, lead, unit_items, all_items, unit_rows,
-        all_rows, HEAD_DIM,
+        sums_ptr, grad_query_ptr, counters_ptr, units, lead, unit_items, all_items, q_len,
+        head_strips, unit_strips, all_strips, HEAD_DIM,
     )  # fmt: skip
     buffers = allocate_buffers(
         query_desc, key_desc, value_desc, rows_desc, sum_desc, STAGES, BLOCK_M, BLOCK_D
@@ -347,9 +344,9 @@ def _row_descriptor(statistics: Tensor, length: int) -> TensorDescriptor:
 
 
 def _sum_descriptor(sums: Tensor) -> TensorDescriptor:
-    """Of (64, 64) tiles of contiguous fp32, (B, H, N, D)."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
-    return TensorDescriptor.from_tensor(sums, [1, 1, 64, PIECE.value], layout)
+    """Of what a step adds to, in contiguous fp32, (steps, 64, 128)."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor.from_tensor(sums, [1, *sums.shape[1:]], layout)
 
 
 def unsupported(
@@ -416,11 +413,10 @@ def hopper_backward(
     config = config or hopper_backward_config(query.shape[3], is_causal)
     multiprocessors, _ = device_limits(query.get_device())
     units = divide(
-        key.shape[0] * key.shape[1], kv_tiles,
-        query.shape[1] // key.shape[1] * query.shape[2],
-        int(config.unit * multiprocessors), config.lead,
+        key.shape[0] * key.shape[1], query.shape[1] // key.shape[1], kv_tiles,
+        ceil_div(query.shape[2], config.block_m), int(config.unit * multiprocessors), config.lead,
     )  # fmt: skip
-    sums, counters, cleared = allocate(query, units)
+    sums, counters, cleared = allocate(units, query.device)
     order = None
     if offsets is not None:
         order = backward_order(
@@ -465,21 +461,20 @@ def _plan_backward(
     scale: float,
     config: HopperBackwardConfig,
 ) -> Launch:
-    batch, heads, q_len, head_dim = query.shape
+    _, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     block_d = 64 if head_dim <= 64 else 128
     strides = list_strides(offsets, rows)
     kv_tiles = ceil_div(kv_len, BLOCK_N.value)
-    items = batch * kv_heads * kv_tiles
     _, *registers = REGISTERS[1]
     row_sides = ((0, query), (3, grad_out))
     value_sides = ((2, value), (6, grad_key), (7, grad_value))
     return Launch(
-        _backward_kernel, (min(items, multiprocessors),),
+        _backward_kernel, (min(units.all_items, multiprocessors),),
         (
             *strides[:2], *strides[3:5],
             kv_heads, q_len, kv_len, kv_tiles, exponent_scale(scale), scale,
-            units.count, units.lead, units.items, items, units.rows, batch * heads * q_len,
+            *units.numbers(),
         ),
         described={
             **{n: descriptor(tensor, config.block_m, block_d) for n, tensor in row_sides},

@@ -16,6 +16,7 @@ from entropy_attn.kernels.hopper.primitives import (
     ring,
     slot_of,
 )
+from entropy_attn.kernels.hopper.sum_tiles import TILE
 
 TAKERS = gl.constexpr(4)  # of an item: two warpgroups, writer, caretaker
 
@@ -32,8 +33,8 @@ class Buffers:
             row_values: the same memory, (.., BLOCK_M).
         scores: dS, (2 slots, 128, BLOCK_M); pieces: the same memory by 64 columns; scores_full: its
             barriers.
-        sum_boxes, sum_tiles: (2, 64, 64) fp32, dQ on its way to the writer; sum_full and
-            sum_empty are its barriers.
+        sum_box: what a step adds to dQ, on its way to the writer; sum_tiles: the same memory,
+            (2, 4096), a tile of each warpgroup; sum_full and sum_empty are its barriers.
         items: two slots for what an item is; taken: (2, 1) barriers, at which each of its `TAKERS`
             arrives when it needs the slot no more.
     """
@@ -47,7 +48,7 @@ class Buffers:
     scores: gl.shared_memory_descriptor
     pieces: gl.shared_memory_descriptor
     scores_full: gl.shared_memory_descriptor
-    sum_boxes: gl.shared_memory_descriptor
+    sum_box: gl.shared_memory_descriptor
     sum_tiles: gl.shared_memory_descriptor
     sum_full: gl.shared_memory_descriptor
     sum_empty: gl.shared_memory_descriptor
@@ -57,7 +58,7 @@ class Buffers:
     @gluon.constexpr_function
     def __init__(
         self, keys, key_pieces, values, queries, row_boxes, row_values, scores, pieces, scores_full,
-        sum_boxes, sum_tiles, sum_full, sum_empty, items, taken,
+        sum_box, sum_tiles, sum_full, sum_empty, items, taken,
     ):  # fmt: skip
         self.keys = keys
         self.key_pieces = key_pieces
@@ -68,7 +69,7 @@ class Buffers:
         self.scores = scores
         self.pieces = pieces
         self.scores_full = scores_full
-        self.sum_boxes = sum_boxes
+        self.sum_box = sum_box
         self.sum_tiles = sum_tiles
         self.sum_full = sum_full
         self.sum_empty = sum_empty
@@ -103,9 +104,8 @@ def allocate_buffers(
     score_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
     scores = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], score_layout)
     row_boxes = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], rows_desc.layout)
-    row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    sum_boxes = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, PIECE], sum_desc.layout)
-    sum_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)
+    run_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    sum_box = gl.allocate_shared_memory(gl.float32, [1, 1, 64, 128], sum_desc.layout)
     # With two of them, the next values are on their way while dV and dK leave.
     VALUE_SLOTS: gl.constexpr = 128 // BLOCK_D
     return Buffers(
@@ -114,12 +114,12 @@ def allocate_buffers(
         ring(value_desc, VALUE_SLOTS, 2, KEYS, BLOCK_D, 2),
         ring(query_desc, STAGES, 2, BLOCK_M, BLOCK_D, 2),
         row_boxes,
-        row_boxes._reinterpret(gl.float32, [2 * STAGES, BLOCK_M], row_layout),
+        row_boxes._reinterpret(gl.float32, [2 * STAGES, BLOCK_M], run_layout),
         scores,
         scores._reinterpret(dtype, [2 * BLOCK_M // PIECE, BLOCK_N, PIECE], key_layout),
         barriers(2, 2),
-        sum_boxes,
-        sum_boxes._reinterpret(gl.float32, [2, 64, PIECE], sum_layout),
+        sum_box.index(0),
+        sum_box._reinterpret(gl.float32, [2, TILE], run_layout),
         barriers(1, 2).index(0),
         barriers(1, 1).index(0),
         item_slots(2),

@@ -22,6 +22,7 @@ from entropy_attn.kernels.hopper.primitives import (
     slot_of,
     take_turn,
 )
+from entropy_attn.kernels.hopper.sum_tiles import in_order
 
 
 @gluon.jit
@@ -56,7 +57,7 @@ def query_product(columns, buffers, turn, use, WARPGROUP: gl.constexpr):
 def hand_over(columns, buffers, acc, use, WARPGROUP: gl.constexpr):
     """Give this warpgroup's part of dQ to the writer."""
     mbarrier.wait(buffers.sum_empty, phase_of(use, 1) ^ 1)
-    buffers.sum_tiles.index(WARPGROUP).store(acc * columns.scale)
+    buffers.sum_tiles.index(WARPGROUP).store(in_order(acc * columns.scale))
     fence_async_shared()
     mbarrier.arrive(buffers.sum_full, count=1)
 
@@ -91,7 +92,7 @@ def take_step(
     if use == first_use:
         buffers.values.wait_full(turn)
     scores = warpgroup_mma_wait(0, deps=(scores,))  # (64, M)
-    grad_p = zeros + buffers.rows(use, row_layout, 1)[None, :]  # -delta, for the product
+    grad_p, _ = gl.broadcast(buffers.rows(use, row_layout, 1)[None, :], zeros)
     grad_p = warpgroup_mma(values, grad.permute((1, 0)), grad_p, is_async=True)
     if columns.TURNS:
         pass_turn(WARPGROUP)

@@ -75,5 +75,5 @@ def hopper_backward_config(head_dim: int, is_causal: bool = False) -> HopperBack
     """The default."""
     if head_dim > 64:
         # Columns of causal masks are of very different lengths, and end together in larger units.
-        return HopperBackwardConfig(64, 2, turns=False, unit=1.0 if is_causal else 0.5, lead=3)
+        return HopperBackwardConfig(64, 2, turns=True, unit=1.0 if is_causal else 0.5, lead=3)
     return HopperBackwardConfig(128, 2, turns=True, unit=1.5)

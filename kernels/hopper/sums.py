@@ -1,5 +1,7 @@
 """Sums of dQ in memory, for the Hopper backward: cleared before and rounded while others add.
 
+How they lie there, `sum_tiles` says.
+
 Programs add their parts of dQ to fp32 sums. Clearing all of them before and rounding them to the
 dtype of the inputs after would each pass over them once more, while nothing else runs: 6 % of a
 backward of 8192 tokens. Instead the work is divided into units of some heads each. Whoever works at
@@ -23,8 +25,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -33,15 +33,19 @@ from triton.experimental.gluon.language._core import builtin
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.primitives import NO_ITEM
+from entropy_attn.kernels.hopper.sum_tiles import STRIP, TILE, in_rows
 from entropy_attn.kernels.launch import ceil_div, overlapping
 from entropy_attn.kernels.plans import MOST_PLANS, Launch, planned
 from entropy_attn.kernels.primitives import wait_for_last
 
-WARPS = gl.constexpr(2)  # that clear and round
-# That a thread clears or rounds at a time. With 8 of them on their way, rounding short columns took
-# longer than the rest of the work.
-NUMBERS = gl.constexpr(16)
-ROUNDED = 4096  # numbers that a program of the last launch rounds
+# That clear and round. A thread has 16 numbers of a strip on their way; with 8, rounding short
+# columns took longer than the rest of the work.
+WARPS = gl.constexpr(2)
+STEP_STRIPS = 8  # of what a step adds to, two tiles
+# A kernel's arguments that say how the work is divided. They follow from lengths.
+UNITS = (
+    "units", "lead", "unit_items", "all_items", "head_strips", "unit_strips", "all_strips",
+)  # fmt: skip
 
 
 # Pieces of PTX that Gluon has no name for
@@ -101,13 +105,13 @@ class Sums:
     """The sums, dQ, and how far they are.
 
     Attributes:
-        sums, out: to (all rows, D): fp32 sums, and dQ.
+        sums: to fp32 strips. out: to dQ, (all heads, q_len, D).
         counters: to 2 * units + 1 int32: items that have cleared, items that have added, items that
             were claimed.
         units: of work; the last one may have fewer heads than the others.
         lead: units between one that is added to and one that is cleared or rounded.
         unit_items: of a unit; all_items: of all units.
-        unit_rows: of the sums of a unit; all_rows: of all units.
+        head_strips, unit_strips, all_strips: of the sums of a head, of a unit, of all.
     """
 
     sums: gl.tensor
@@ -117,14 +121,16 @@ class Sums:
     lead: gl.tensor
     unit_items: gl.tensor
     all_items: gl.tensor
-    unit_rows: gl.tensor
-    all_rows: gl.tensor
+    q_len: gl.tensor
+    head_strips: gl.tensor
+    unit_strips: gl.tensor
+    all_strips: gl.tensor
     HEAD_DIM: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, sums, out, counters, units, lead, unit_items, all_items, unit_rows, all_rows,
-        HEAD_DIM,
+        self, sums, out, counters, units, lead, unit_items, all_items, q_len, head_strips,
+        unit_strips, all_strips, HEAD_DIM,
     ):  # fmt: skip
         self.sums = sums
         self.out = out
@@ -133,8 +139,10 @@ class Sums:
         self.lead = lead
         self.unit_items = unit_items
         self.all_items = all_items
-        self.unit_rows = unit_rows
-        self.all_rows = all_rows
+        self.q_len = q_len
+        self.head_strips = head_strips
+        self.unit_strips = unit_strips
+        self.all_strips = all_strips
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
 
     @gluon.jit
@@ -157,61 +165,69 @@ class Sums:
         _raise(self.counters + self.units + item // self.unit_items)
 
     @gluon.jit
-    def _rows(self, item, unit):
-        """(first row, end of the rows) of another unit that are the item's share.
+    def wait_added(self, unit):
+        """Until all parts of a unit's sums are added."""
+        items = gl.minimum(self.unit_items, self.all_items - unit * self.unit_items)
+        _wait_for(self.counters + self.units + unit, items)
+
+    @gluon.jit
+    def _share(self, item, unit):
+        """(first strip, end of the strips) of another unit that are the item's share.
 
         The items of its own unit, of which the last one may have fewer, share them.
         """
         own = item // self.unit_items * self.unit_items
         members = gl.minimum(self.unit_items, self.all_items - own)
-        share = (self.unit_rows + members - 1) // members
-        first = unit * self.unit_rows + (item - own) * share
-        end = gl.minimum((unit + 1) * self.unit_rows, self.all_rows)
+        share = (self.unit_strips + members - 1) // members
+        first = unit * self.unit_strips + (item - own) * share
+        end = gl.minimum((unit + 1) * self.unit_strips, self.all_strips)
         return first, gl.minimum(first + share, end)
 
     @gluon.jit
     def _clear(self, first, end):
-        CHUNK: gl.constexpr = NUMBERS * 32 * WARPS
         layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-        lane = gl.arange(0, CHUNK, layout)
-        zeros = gl.zeros([CHUNK], gl.float32, layout)
-        base = self.sums + first.to(gl.int64) * self.HEAD_DIM
-        size = (end - first) * self.HEAD_DIM
-        start = 0
-        while start < size:
-            gl.store(base + start + lane, zeros, mask=start + lane < size)
-            start += CHUNK
+        number = gl.arange(0, STRIP, layout)
+        zeros = gl.zeros([STRIP], gl.float32, layout)
+        strip = first
+        while strip < end:
+            gl.store(self.sums + strip.to(gl.int64) * STRIP + number, zeros)
+            strip += 1
 
     @gluon.jit
-    def _round(self, first, end):
-        """From the sums to dQ."""
-        CHUNK: gl.constexpr = NUMBERS * 32 * WARPS
-        layout: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-        lane = gl.arange(0, CHUNK, layout)
-        offset = first.to(gl.int64) * self.HEAD_DIM
-        size = (end - first) * self.HEAD_DIM
-        start = 0
-        while start < size:
-            mask = start + lane < size
-            values = gl.load(self.sums + offset + start + lane, mask=mask)
-            gl.store(
-                self.out + offset + start + lane, values.to(self.out.dtype.element_ty), mask=mask
-            )
-            start += CHUNK
+    def round(self, strip, COUNT: gl.constexpr, NUM_WARPS: gl.constexpr):
+        """From the sums to dQ: ``COUNT`` numbers from a strip on, all of one tile."""
+        ACROSS: gl.constexpr = (self.HEAD_DIM + 63) // 64  # tiles side by side
+        TILE_STRIPS: gl.constexpr = TILE // STRIP
+        STRIP_ROWS: gl.constexpr = STRIP // 64
+        head = strip // self.head_strips
+        tile = strip % self.head_strips // TILE_STRIPS
+        number = gl.arange(0, COUNT, gl.BlockedLayout([4], [32], [NUM_WARPS], [0]))
+        values = gl.load(self.sums + strip.to(gl.int64) * STRIP + number)
+        layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [NUM_WARPS, 1], [1, 0])
+        # Pairs of threads swap a half of what they have.
+        rounded = gl.convert_layout(in_rows(values.to(self.out.dtype.element_ty)), layout)
+        row = gl.arange(0, COUNT // 64, gl.SliceLayout(1, layout))
+        row += tile // ACROSS * 64 + strip % TILE_STRIPS * STRIP_ROWS
+        column = tile % ACROSS * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        out = self.out + head.to(gl.int64) * self.q_len * self.HEAD_DIM
+        inside = (row < self.q_len)[:, None] & (column < self.HEAD_DIM)[None, :]
+        gl.store(out + row[:, None] * self.HEAD_DIM + column[None, :], rounded, mask=inside)
 
     @gluon.jit
     def clear_and_round(self, item):
         """The item's shares of a unit that comes later and of one that came before."""
         unit = item // self.unit_items
         if unit + self.lead < self.units:
-            first, end = self._rows(item, unit + self.lead)
+            first, end = self._share(item, unit + self.lead)
             self._clear(first, end)
             _raise(self.counters + unit + self.lead)
         if unit >= self.lead:
-            first, end = self._rows(item, unit - self.lead)
-            if first < end:
-                _wait_for(self.counters + self.units + unit - self.lead, self.unit_items)
-                self._round(first, end)
+            strip, end = self._share(item, unit - self.lead)
+            if strip < end:
+                self.wait_added(unit - self.lead)
+                while strip < end:
+                    self.round(strip, STRIP, WARPS)
+                    strip += 1
 
 
 # On the host
@@ -225,59 +241,77 @@ class Units:
         heads: of keys, of a unit, over all batch rows; the last unit may have fewer.
         count: of units.
         lead: units between one that is added to and one that is cleared or rounded.
-        items: of a unit, blocks of keys; last_items: of the last one.
-        rows: of the sums of a unit.
+        items: of a unit, blocks of keys; all_items: of all units.
+        head_strips: of the sums of a query head. strips: of a unit; all_strips: of all units.
     """
 
     heads: int
     count: int
     lead: int
     items: int
-    last_items: int
-    rows: int
+    all_items: int
+    head_strips: int
+    strips: int
+    all_strips: int
+
+    def numbers(self) -> tuple[int, ...]:
+        """What kernels take, in the order of `UNITS`."""
+        return (
+            self.count, self.lead, self.items, self.all_items, self.head_strips, self.strips,
+            self.all_strips,
+        )  # fmt: skip
 
 
 @lru_cache(MOST_PLANS)
-def divide(kv_heads: int, kv_tiles: int, head_rows: int, least_items: int, lead: int) -> Units:
+def divide(
+    kv_heads: int, group: int, kv_tiles: int, steps: int, least_items: int, lead: int
+) -> Units:
     """Units of at least so many items, if there are as many.
 
     Args:
-        kv_heads: over all batch rows.
-        kv_tiles: items of a head of keys; head_rows: queries of it, in all heads of its group.
+        kv_heads: over all batch rows; group: query heads of one.
+        kv_tiles: items of a head of keys; steps: of the queries of a query head.
     """
     fewest = min(kv_heads, ceil_div(max(1, least_items), kv_tiles))
     # All of the same size if they can be, else the last one not much smaller.
     nearly = ceil_div(kv_heads, kv_heads // fewest)
     heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), nearly)
     count = ceil_div(kv_heads, heads)
-    last_items = (kv_heads - (count - 1) * heads) * kv_tiles
-    return Units(heads, count, min(lead, count), heads * kv_tiles, last_items, heads * head_rows)
+    head_strips = steps * STEP_STRIPS
+    return Units(
+        heads, count, min(lead, count), heads * kv_tiles, kv_heads * kv_tiles, head_strips,
+        heads * group * head_strips, kv_heads * group * head_strips,
+    )  # fmt: skip
 
 
-def allocate(query: Tensor, units: Units) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums like query in fp32, counters, and the part of both that has to be 0 at the start."""
+def allocate(units: Units, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (all steps, 64, 128) fp32, counters, and the part of both that is to be 0 at the start.
+
+    What a step adds to is one entry of the sums.
+    """
     counters = ceil_div(2 * units.count + 1, 32) * 32  # the copy engine wants the sums at 16 bytes
-    sums = query.numel()
-    memory = torch.empty(counters + sums, dtype=torch.float32, device=query.device)
-    cleared = memory[: counters + min(units.lead * units.rows * query.shape[3], sums)]
-    return memory[counters:].view(query.shape), memory[:counters].view(torch.int32), cleared
+    memory = torch.empty(
+        counters + units.all_strips * STRIP.value, dtype=torch.float32, device=device
+    )
+    strips = min(units.lead * units.strips, units.all_strips)
+    cleared = memory[: counters + strips * STRIP.value]
+    return memory[counters:].view(-1, 64, 128), memory[:counters].view(torch.int32), cleared
 
 
-# first and end are specialised, so that multiples of 16 are moved 16 bytes at a time.
-@triton.jit(do_not_specialize=("unit_size", "units", "items", "last_items"))
+@gluon.jit(do_not_specialize=("q_len", "first_strip", *UNITS))
 def _round_kernel(
-    sums_ptr, out_ptr, counters_ptr, first, end, unit_size, units, items, last_items,
-    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    sums_ptr, out_ptr, counters_ptr, q_len, first_strip,
+    units, lead, unit_items, all_items, head_strips, unit_strips, all_strips,
+    HEAD_DIM: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Sums first to end, of the last units, each as soon as all of it is added."""
-    start = first + tl.program_id(0).to(tl.int64) * CHUNK
-    for unit in range(start // unit_size, (tl.minimum(start + CHUNK, end) - 1) // unit_size + 1):
-        awaited = tl.where(unit == units - 1, last_items, items)
-        while tl.atomic_add(counters_ptr + units + unit, 0, sem="acquire") < awaited:
-            pass
-    place = start + tl.arange(0, CHUNK)
-    values = tl.load(sums_ptr + place, mask=place < end)
-    tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=place < end)
+    """A tile of the last units, as soon as all of it is added."""
+    sums = Sums(
+        sums_ptr, out_ptr, counters_ptr, units, lead, unit_items, all_items, q_len, head_strips,
+        unit_strips, all_strips, HEAD_DIM,
+    )  # fmt: skip
+    strip = first_strip + gl.program_id(0) * (TILE // STRIP)
+    sums.wait_added(strip // unit_strips)
+    sums.round(strip, TILE, gl.num_warps())
     wait_for_last(OVERLAP)  # whoever waits for this launch waits for the last one too
 
 
@@ -288,10 +322,9 @@ def round_last(sums: Tensor, counters: Tensor, out: Tensor, units: Units) -> Non
 
 @planned
 def _plan_rounding(out: Tensor, units: Units) -> Launch:
-    unit_size = units.rows * out.shape[3]
-    first = (units.count - units.lead) * unit_size
+    first = (units.count - units.lead) * units.strips
+    tiles = (units.all_strips - first) // (TILE.value // STRIP.value)
     return Launch(
-        _round_kernel, (ceil_div(out.numel() - first, ROUNDED),),
-        (first, out.numel(), unit_size, units.count, units.items, units.last_items),
-        CHUNK=ROUNDED, **overlapping(out.device), num_warps=4,
+        _round_kernel, (tiles,), (out.shape[2], first, *units.numbers()),
+        HEAD_DIM=out.shape[3], **overlapping(out.device), num_warps=4,
     )  # fmt: skip
