@@ -9,8 +9,9 @@ row it could store 8 bytes at a time, and half of the threads that do so at the 
 the others at their banks. So that it stores 16 bytes, and eight threads 128 adjacent ones, a tile's
 numbers are, from slow to fast, of
     32 pairs of rows, 4 times 16 columns, 2 rows of a pair, 4 threads, 2 times 8 columns, 2 columns.
-As the sums of a step are one run in memory then, a single copy adds them. FlashAttention-3 (Shah et
-al., arXiv 2407.08608) keeps its sums in the order of registers as well.
+As the sums of a step are one run in memory then, a single copy adds them. The code of
+FlashAttention-3 (hopper/ in github.com/Dao-AILab/flash-attention) has them in the order of
+registers as well.
 """
 
 from triton.experimental import gluon
