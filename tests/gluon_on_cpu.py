@@ -281,22 +281,27 @@ FAKES: dict[str, Any] = {
 }  # fmt: skip
 
 
+PACKAGE = "entropy_attn.kernels.hopper."
+
+
 def load(
     modules: Sequence[str], replaced: Mapping[str, Any], edits: Sequence[tuple[str, str]] = ()
 ) -> Any:
     """The first of some modules with Gluon replaced, in it and in the others that it imports.
 
     Args:
+        modules: names in `PACKAGE`.
         replaced: names of any of these modules that get another value.
         edits: (old, new) pieces of source, each of which has to be found once in all.
     """
     loaded: dict[str, ModuleType] = {}
     left = list(edits)
+    names = [PACKAGE + name for name in modules]
 
     def importer(name: str, space: Any = None, local: Any = None, wanted: Any = (), level: int = 0):
         if name in FAKES and wanted:
             return FAKES[name]
-        if name in modules:
+        if name in names:
             return execute(name)
         return builtins.__import__(name, space, local, wanted, level)
 
@@ -317,6 +322,6 @@ def load(
         module.__dict__.update({n: x for n, x in replaced.items() if n in module.__dict__})
         return module
 
-    module = execute(modules[0])
+    module = execute(names[0])
     assert not left, f"not in the source: {left}"
     return module

@@ -7,6 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from hopper_calls import row_by_row
 from test_hopper import hopper, irregular_blocks
 
 import entropy_attn as ea
@@ -238,8 +239,6 @@ def test_keys_that_nobody_lists_may_be_anything(head_dim, monkeypatch):
 @pytest.mark.gpu
 def test_rounding_waits_for_what_is_added():
     """On a stream of its own, while another one adds and counts."""
-    from hopper_calls import row_by_row
-
     from entropy_attn.kernels.hopper.sums import allocate, divide, round_last
 
     query = torch.zeros(1, 4, 512, 64, device="cuda", dtype=torch.bfloat16)

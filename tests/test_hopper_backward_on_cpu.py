@@ -27,14 +27,9 @@ from entropy_attn.kernels.hopper.sum_tiles import STRIP
 from entropy_attn.kernels.hopper.sums import UNITS, divide
 from entropy_attn.kernels.launch import ceil_div
 
-HOPPER = "entropy_attn.kernels.hopper."
-SOURCE = [
-    HOPPER + name
-    for name in (
-        "backward", "backward_memory", "backward_step", "columns", "primitives", "sum_tiles",
-        "sums",
-    )
-]  # fmt: skip
+SOURCE = (
+    "backward", "backward_memory", "backward_step", "columns", "primitives", "sum_tiles", "sums",
+)  # fmt: skip
 BLOCK_N = 128
 
 

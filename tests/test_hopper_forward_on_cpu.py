@@ -23,11 +23,7 @@ from hopper_calls import Call, assert_found, run_calls
 from entropy_attn.kernels.hopper.order import work_order
 from entropy_attn.kernels.launch import ceil_div
 
-HOPPER = "entropy_attn.kernels.hopper."
-SOURCE = [
-    HOPPER + name
-    for name in ("forward", "guarded", "primitives", "producer", "row_values", "softmax")
-]
+SOURCE = ("forward", "guarded", "primitives", "producer", "row_values", "softmax")
 ROWS = 64
 
 

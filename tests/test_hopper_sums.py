@@ -21,10 +21,9 @@ from entropy_attn.kernels.hopper.sums import allocate, divide
 from entropy_attn.kernels.launch import ceil_div
 
 numbers = st.integers(1, 600)
-HOPPER = "entropy_attn.kernels.hopper."
 # The kernels' own source, on the CPU.
-SUMS = gluon_on_cpu.load([HOPPER + "sums", HOPPER + "sum_tiles"], {})
-TILES = gluon_on_cpu.load([HOPPER + "sum_tiles"], {})
+SUMS = gluon_on_cpu.load(["sums", "sum_tiles"], {})
+TILES = gluon_on_cpu.load(["sum_tiles"], {})
 division = {
     "kv_heads": numbers, "group": st.integers(1, 8), "kv_tiles": numbers, "steps": numbers,
     "least": st.integers(0, 200), "lead": st.integers(1, 3),

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 TILE = gl.constexpr(4096)  # numbers
 # A quarter of a tile: 16 rows. What is cleared or rounded at a time is made of these.
 STRIP = gl.constexpr(1024)
+TILE_STRIPS = gl.constexpr(TILE // STRIP)
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language._core import builtin
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.primitives import NO_ITEM
-from entropy_attn.kernels.hopper.sum_tiles import STRIP, TILE, in_rows
+from entropy_attn.kernels.hopper.sum_tiles import STRIP, TILE, TILE_STRIPS, in_rows
 from entropy_attn.kernels.launch import ceil_div, overlapping
 from entropy_attn.kernels.plans import MOST_PLANS, Launch, planned
 from entropy_attn.kernels.primitives import wait_for_last
@@ -41,7 +41,6 @@ from entropy_attn.kernels.primitives import wait_for_last
 # That clear and round. A thread has 16 numbers of a strip on their way; with 8, rounding short
 # columns took longer than the rest of the work.
 WARPS = gl.constexpr(2)
-STEP_STRIPS = 8  # of what a step adds to, two tiles
 # A kernel's arguments that say how the work is divided. They follow from lengths.
 UNITS = (
     "units", "lead", "unit_items", "all_items", "head_strips", "unit_strips", "all_strips",
@@ -197,7 +196,6 @@ class Sums:
     def round(self, strip, COUNT: gl.constexpr, NUM_WARPS: gl.constexpr):
         """From the sums to dQ: ``COUNT`` numbers from a strip on, all of one tile."""
         ACROSS: gl.constexpr = (self.HEAD_DIM + 63) // 64  # tiles side by side
-        TILE_STRIPS: gl.constexpr = TILE // STRIP
         STRIP_ROWS: gl.constexpr = STRIP // 64
         head = strip // self.head_strips
         tile = strip % self.head_strips // TILE_STRIPS
@@ -277,7 +275,7 @@ def divide(
     nearly = ceil_div(kv_heads, kv_heads // fewest)
     heads = next((n for n in range(fewest, 2 * fewest) if kv_heads % n == 0), nearly)
     count = ceil_div(kv_heads, heads)
-    head_strips = steps * STEP_STRIPS
+    head_strips = steps * 2 * TILE_STRIPS.value  # a step adds to two tiles
     return Units(
         heads, count, min(lead, count), heads * kv_tiles, kv_heads * kv_tiles, head_strips,
         heads * group * head_strips, kv_heads * group * head_strips,
@@ -309,7 +307,7 @@ def _round_kernel(
         sums_ptr, out_ptr, counters_ptr, units, lead, unit_items, all_items, q_len, head_strips,
         unit_strips, all_strips, HEAD_DIM,
     )  # fmt: skip
-    strip = first_strip + gl.program_id(0) * (TILE // STRIP)
+    strip = first_strip + gl.program_id(0) * TILE_STRIPS
     sums.wait_added(strip // unit_strips)
     sums.round(strip, TILE, gl.num_warps())
     wait_for_last(OVERLAP)  # whoever waits for this launch waits for the last one too
@@ -323,8 +321,8 @@ def round_last(sums: Tensor, counters: Tensor, out: Tensor, units: Units) -> Non
 @planned
 def _plan_rounding(out: Tensor, units: Units) -> Launch:
     first = (units.count - units.lead) * units.strips
-    tiles = (units.all_strips - first) // (TILE.value // STRIP.value)
     return Launch(
-        _round_kernel, (tiles,), (out.shape[2], first, *units.numbers()),
+        _round_kernel, ((units.all_strips - first) // TILE_STRIPS.value,),
+        (out.shape[2], first, *units.numbers()),
         HEAD_DIM=out.shape[3], **overlapping(out.device), num_warps=4,
     )  # fmt: skip
