@@ -80,8 +80,9 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
         changes["two blocks a step"] = two_blocks
         changes["two blocks a step, pin"] = {**two_blocks, "pin": True}
         changes["pin"] = {"pin": True}
-        changes["query in registers"] = {"query_registers": True}
-        changes["query in registers, pin"] = {"query_registers": True, "pin": True}
+        for registers, words in ((True, "query in registers"), (False, "query in shared memory")):
+            changes[words] = {"query_registers": registers}
+            changes[f"{words}, pin"] = {"query_registers": registers, "pin": True}
         changes["two programs"] = {"programs": 2, "stages": 2}
         changes["three programs"] = {"programs": 3, "stages": 2}
         if not entropies:

@@ -264,11 +264,11 @@ class View:
 
     def load(self, layout: Any = None) -> Any:
         machine().pause()
-        [(_, _, cell)] = self.all()
-        if isinstance(cell.content, np.ndarray):
-            return cell.content.copy()
-        symbol = Symbol(tags=[cell.content])
-        if cell.content is None or cell.writers:
+        cells = [cell for _, _, cell in self.all()]
+        if isinstance(cells[0].content, np.ndarray):
+            return cells[0].content.copy()
+        symbol = Symbol(tags=[cell.content for cell in cells])
+        if any(cell.content is None or cell.writers for cell in cells):
             symbol.undefined = "loaded while it is written"
         return symbol
 

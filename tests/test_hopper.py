@@ -13,7 +13,12 @@ from attention_cases import Case
 import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.block_lists import column_lists
-from entropy_attn.kernels.hopper.order import backward_order, heads_together, work_order
+from entropy_attn.kernels.hopper.order import (
+    backward_order,
+    heads_together,
+    last_group,
+    work_order,
+)
 from entropy_attn.reference import attention as reference
 from entropy_attn.reference import dense
 from entropy_attn.testing import assert_close_to_reference
@@ -56,22 +61,27 @@ def test_work_order(problem, is_listed, given, device):
     query = torch.zeros(batch, heads, q_len, 64, dtype=torch.bfloat16, device=device)
     key = torch.zeros(batch, kv_heads, kv_len, 64, dtype=torch.bfloat16, device=device)
     lists = (mask.kv_num_blocks, mask.kv_indices) if is_listed else (None, None)
-    block_m, l2_bytes = min(block_size[0], 128), 1 << 20
+    block_m, l2_bytes, programs = min(block_size[0], 128), 1 << 20, 8
     lens = some_lengths(batch, q_len, kv_len, device)
     lens = {name: lens[name] for name in given}
     items = work_order(
-        query, key, *lists, block_size, block_m, is_causal, l2_bytes, **lens
+        query, key, *lists, block_size, block_m, is_causal, l2_bytes, programs, **lens
     ).tolist()
 
     tiles = -(-q_len // block_m)
     assert items.pop()[0] == 0
     assert sorted(item[0] for item in items) == list(range(batch * heads * tiles))
     together = heads_together(batch * heads, heads // kv_heads, tiles, kv_len, 64, 2, l2_bytes)
-    groups = [item[0] // tiles // together for item in items]
+    last_head = last_group(batch * heads, together, tiles, programs)
+
+    def group_of(item: list[int]) -> int:
+        return min(item[0] // tiles // together * together, last_head)
+
+    groups = [group_of(item) for item in items]
     assert groups == sorted(groups)
     is_bound = is_listed and (is_causal or "kv_lens" in given)
     if not is_bound:  # else the lengths that order them are bounds
-        for _, group in groupby(items, lambda item: item[0] // tiles // together):
+        for _, group in groupby(items, group_of):
             lengths = [item[1] for item in group]
             assert lengths == sorted(lengths, reverse=True)
 
@@ -261,7 +271,7 @@ def test_kept_order_and_many_launches():
     query, key, value = torch.randn(3, 1, 8, 4096, 64, device="cuda", dtype=torch.bfloat16)
     mask = ea.BlockMask.random(1, 8, 4096, 4096, 0.3, 128, irregular=True, device="cuda")
     lists = mask.kv_num_blocks, mask.kv_indices
-    order = work_order(query, key, *lists, (128, 128), 128, False, 50 << 20)
+    order = work_order(query, key, *lists, (128, 128), 128, False, 50 << 20, 132)
     expected = hopper_forward(query, key, value, *lists, (128, 128), False, 0.125)
     for _ in range(20):
         again = hopper_forward(query, key, value, *lists, (128, 128), False, 0.125, order=order)
@@ -295,7 +305,9 @@ def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
                 continue  # does not fit
             config = HopperConfig(block, block // 64, stages, programs, pin=pin)
             for _ in range(5):
-                order = work_order(query, key, *lists, (block, block), block, False, 50 << 20)
+                order = work_order(
+                    query, key, *lists, (block, block), block, False, 50 << 20, 132 * programs
+                )
                 out, *_ = hopper_forward(
                     query, key, value, *lists, (block, block), False, scale, config, order
                 )
@@ -306,6 +318,15 @@ def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
 def test_so_many_tiles_are_not_all_compared():
     assert heads_together(64, 1, 8192, 512, 64, 2, 50 << 20) == 2
     assert heads_together(64, 1, 100_000, 512, 64, 2, 50 << 20) == 1
+    assert last_group(64, 1, 8192, 8192) == 62
+    assert last_group(64, 1, 100_000, 132) == 63
+
+
+def test_last_group_has_items_for_all_programs():
+    assert last_group(32, 1, 256, 264) == 27  # 1280 items, of which 264 programs take 4 and more
+    assert last_group(32, 8, 256, 264) == 24  # a group as the others
+    assert last_group(32, 3, 256, 264) == 27  # six heads and not the five left over
+    assert last_group(4, 1, 16, 132) == 0  # all there is
 
 
 @pytest.mark.parametrize(

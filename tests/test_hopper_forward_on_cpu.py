@@ -75,7 +75,7 @@ class Forward(Call):
             is_causal=rng.random() < 0.5, is_listed=rng.random() < 0.75,
             has_lens=rng.random() < 0.3, stages=rng.choice((1, 2, 2, 3)),
             ping_pong=warpgroups == 2 and rng.random() < 0.6,
-            query_registers=block_d == 64 and rng.random() < 0.5, pin=rng.random() < 0.3,
+            query_registers=(block_d == 64 or warpgroups == 1) and rng.random() < 0.5, pin=rng.random() < 0.3,
             guard=rng.random() < 0.5, programs=programs, places=rng.randint(1, programs), seed=seed,
         )  # fmt: skip
 
@@ -91,7 +91,7 @@ class Forward(Call):
         lists = (mask.kv_num_blocks, mask.kv_indices) if self.is_listed else (None, None)
         table = work_order(
             *self.tensors(), *lists, self.block_size, self.block_m, self.is_causal, 50 << 20,
-            *self.lens(),
+            self.programs, *self.lens(),
         )  # fmt: skip
         items = len(table) - 1
         order = table.numpy().reshape(-1).astype(np.int64)

@@ -42,8 +42,9 @@ def hopper_config(
     is_wide = head_dim > 64
     if block_size[0] < 128:
         programs, stages = (2, 2) if is_wide else (3, 3)
-        guard = not is_wide and not entropies
-        return HopperConfig(64, 1, stages, programs, ping_pong=False, guard=guard)
+        return HopperConfig(
+            64, 1, stages, programs, ping_pong=False, query_registers=is_wide, guard=not entropies
+        )
     if entropies:
         return HopperConfig(128, 2, 2 if is_wide else 4, ping_pong=is_wide, pin=True)
     if is_wide:

@@ -433,7 +433,7 @@ def hopper_forward(
     if order is None:
         order = work_order(
             query, key, counts, indices, block_size, ROWS.value * config.warpgroups, is_causal,
-            l2_bytes, kv_lens, q_lens,
+            l2_bytes, multiprocessors * config.programs, kv_lens, q_lens,
         )  # fmt: skip
     launch = plan_forward(
         query, key, value, out, counts, indices, kv_lens, q_lens, order.shape[0] - 1, block_size,
@@ -464,8 +464,9 @@ def plan_attention(
     items = query.shape[0] * query.shape[1] * ceil_div(query.shape[2], block_m)
     multiprocessors, l2_bytes = device_limits(query.get_device())
     order = plan_order(
-        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
-    )
+        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes,
+        multiprocessors * config.programs, kv_lens, q_lens,
+    )  # fmt: skip
     forward = plan_forward(
         query, key, value, out, counts, indices, kv_lens, q_lens, items, block_size, is_causal,
         scale, False, False, config, multiprocessors,

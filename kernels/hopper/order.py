@@ -7,7 +7,8 @@ counter that items are claimed from stands there too.
 A work item is a tile of queries of one head. Programs claim items one after the other, so the
 order is all the schedule that there is (list scheduling). The longest items come first (Graham,
 SIAM J. Appl. Math. 17, 1969), but only within a group of heads whose keys and values fit in L2
-together: were all heads open at once, they would throw each other's keys out of it.
+together: were all heads open at once, they would throw each other's keys out of it. The last group
+is larger if it has to be, with some items a program, short ones at its end: all programs end together.
 
 One launch, no synchronisation, no sort: the place of an item is the number of items of its group
 that come before it, and each program counts those of its tiles.
@@ -33,8 +34,11 @@ from entropy_attn.kernels.primitives import (
 
 # That are compared with each other, unless one head has more.
 MOST_ITEMS = 16384
+# Of this launch; few where there are few items, which then are looked at on the whole GPU.
 TILES_A_PROGRAM = 16
-CHUNK = 256  # items or entries of a list that it looks at in a step
+FEW_TILES_A_PROGRAM, FEW_ITEMS = 4, 2048
+CHUNK = 512  # items or entries of a list that it looks at in a step
+ITEMS_AT_THE_END = 4  # of a program that claims them, at least, in the last group
 # Columns of a row of the table.
 ITEM_FIELDS = tl.constexpr(4)
 
@@ -88,11 +92,11 @@ def _lengths(
     return tl.where(valid, length, -1)
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "group_heads"))
+@triton.jit(do_not_specialize=(*LENGTHS, "group_heads", "last_group"))
 def _order_kernel(
     items_ptr, counts_ptr, indices_ptr, kv_lens_ptr, q_lens_ptr,
     count_stride_b, count_stride_h, count_stride_t, index_stride_b, index_stride_h, index_stride_t,
-    heads, total_heads, group_heads, q_len, kv_len, q_tiles,
+    heads, total_heads, group_heads, last_group, q_len, kv_len, q_tiles,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MAY_CUT: tl.constexpr, LISTED: tl.constexpr,
     HAS_KV_LENS: tl.constexpr, HAS_Q_LENS: tl.constexpr, GROUP: tl.constexpr,
@@ -142,8 +146,9 @@ def _order_kernel(
             full = tl.minimum(length, clear)
 
     # How many items of the group come before.
-    first_head = batch_head // group_heads * group_heads
-    group_items = tl.minimum(group_heads, total_heads - first_head) * q_tiles
+    first_head = tl.minimum(batch_head // group_heads * group_heads, last_group)
+    next_head = tl.where(first_head < last_group, first_head + group_heads, total_heads)
+    group_items = (next_head - first_head) * q_tiles
     own = (batch_head - first_head) * q_tiles + tiles  # (T,) number within the group
     rank = tl.zeros_like(tiles)
     for start in range(0, group_items, CHUNK):
@@ -191,6 +196,16 @@ def heads_together(
     return ceil_div(total_heads, groups)
 
 
+def last_group(total_heads: int, together: int, tiles: int, programs: int) -> int:
+    """First head of the last group, which has `ITEMS_AT_THE_END` if all heads have so many.
+
+    Args:
+        together: of `heads_together`; programs: that claim items.
+    """
+    fewest = min(ceil_div(ITEMS_AT_THE_END * programs, tiles), max(1, MOST_ITEMS // tiles))
+    return max(0, total_heads - fewest) // together * together
+
+
 def work_order(
     query: Tensor,
     key: Tensor,
@@ -200,6 +215,7 @@ def work_order(
     block_m: int,
     is_causal: bool,
     l2_bytes: int,
+    programs: int,
     kv_lens: Tensor | None = None,
     q_lens: Tensor | None = None,
 ) -> Tensor:
@@ -211,6 +227,7 @@ def work_order(
     one: it holds the counter.
 
     Args:
+        programs: that will claim the items, if there are so many.
         kv_lens, q_lens: (B,) int32 valid lengths, or None; read on the device.
 
     Returns:
@@ -223,8 +240,9 @@ def work_order(
     rows = query.shape[0] * query.shape[1] * tiles + 1
     items = torch.empty((rows, 4), dtype=torch.int32, device=query.device)
     launch = plan_order(
-        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, kv_lens, q_lens
-    )
+        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, programs, kv_lens,
+        q_lens,
+    )  # fmt: skip
     launch(items, counts, indices, kv_lens, q_lens)
     return items
 
@@ -239,6 +257,7 @@ def plan_order(
     block_m: int,
     is_causal: bool,
     l2_bytes: int,
+    programs: int,
     kv_lens: Tensor | None,
     q_lens: Tensor | None,
 ) -> Launch:
@@ -249,7 +268,8 @@ def plan_order(
         batch * heads, heads // kv_heads, tiles, kv_len, head_dim, key.element_size(), l2_bytes
     )
     return _launch(
-        list_strides(counts, indices), key.device, batch, heads, together, q_len, kv_len, tiles,
+        list_strides(counts, indices), key.device, batch, heads, together,
+        last_group(batch * heads, together, tiles, programs), q_len, kv_len, tiles,
         BLOCK_M=block_m, BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
@@ -263,15 +283,18 @@ def _launch(
     batch: int,
     heads: int,
     together: int,
+    last: int,
     q_len: int,
     kv_len: int,
     tiles: int,
     **constants: Any,
 ) -> Launch:
+    few = batch * heads * tiles <= FEW_ITEMS
+    tiles_a_program = FEW_TILES_A_PROGRAM if few else TILES_A_PROGRAM
     return Launch(
-        _order_kernel, (ceil_div(tiles, TILES_A_PROGRAM), batch * heads),
-        (*strides, heads, batch * heads, together, q_len, kv_len, tiles),
-        **constants, TILES=TILES_A_PROGRAM, CHUNK=CHUNK, **overlapping(device), num_warps=4,
+        _order_kernel, (ceil_div(tiles, tiles_a_program), batch * heads),
+        (*strides, heads, batch * heads, together, last, q_len, kv_len, tiles),
+        **constants, TILES=tiles_a_program, CHUNK=CHUNK, **overlapping(device), num_warps=4,
     )  # fmt: skip
 
 
@@ -321,8 +344,8 @@ def _plan_backward_order(
     batch, kv_heads, kv_len, _ = key.shape
     tiles = offsets.shape[2] - 1
     return _launch(
-        list_strides(offsets, rows), key.device, batch, kv_heads, together, query.shape[2], kv_len,
-        tiles, BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False,
+        list_strides(offsets, rows), key.device, batch, kv_heads, together,
+        (batch * kv_heads - 1) // together * together, query.shape[2], kv_len, tiles, BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False,
         LISTED=True,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
         GROUP=query.shape[1] // kv_heads,
