@@ -341,7 +341,7 @@ def explain(
     choice = args.choose(backend, wants_statistics=return_lse)
     if choice.backend == "triton":
         kernel, why = ops.forward_kernel(
-            args.query, key, value, args.block_size, args.window, args.scale
+            args.query, key, value, args.block_size, args.is_causal, args.window, args.scale
         )
         choice = replace(choice, reason=f"{choice.reason}; kernels/{kernel}.py: {why}")
     if backend != "auto" or choice.backend != "triton" or args.keeps_all:

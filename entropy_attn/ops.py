@@ -19,9 +19,10 @@ from entropy_attn.reference import attention as reference
 PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
-# Pairs of queries and keys of all heads, seen or not, from which on the kernels for sm_90 are
-# faster, the order of the work included; measured for the forward and for the backward.
-SMALL, SMALL_BACKWARD = 2**27, 2**25
+# From which size on the kernels for sm_90 are faster, the order of the work included; measured.
+# Forward: pairs of queries and keys of all heads, seen or not, times head_dim; with a causal mask
+# four times as many. Backward: pairs.
+SMALL, SMALL_BACKWARD = 2**32, 2**25
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,6 +62,7 @@ def forward_kernel(
     key: Tensor,
     value: Tensor,
     block_size: tuple[int, int],
+    is_causal: bool,
     window: int,
     scale: float,
     *,
@@ -82,7 +84,7 @@ def forward_kernel(
     if problem is not None:
         return PORTABLE, f"the kernel for sm_90 cannot take the call: {problem}"
     # Captured or not: a graph gives the numbers of the call that it replays.
-    if _pairs(query, key) < SMALL:
+    if _pairs(query, key) * query.shape[3] < (4 * SMALL if is_causal else SMALL):
         return PORTABLE, "the call is so small that launching the kernel for sm_90 takes longer"
     return HOPPER, "tensor memory accelerator, warp specialisation"
 
@@ -154,9 +156,7 @@ def attention_forward(
     kernel = None
     if backend != "reference" and value is not None:
         entropies = row_entropy or block_entropy
-        kernel, _ = forward_kernel(
-            query, key, value, (block_q, block_k), window, scale, entropy=entropies
-        )
+        kernel, _ = forward_kernel(query, key, value, *geometry, entropy=entropies)
     shared = (kv_num_blocks, kv_indices, kv_lens, q_lens)
     if kernel == DECODE and not tile_entropy:
         lists = shared  # that kernel takes lists that heads share as they are

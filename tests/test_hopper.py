@@ -256,7 +256,9 @@ def test_as_a_part_of_the_package(case, monkeypatch):
     monkeypatch.setattr(ops, "SMALL", 0)
     query, key, value = case.build("cuda").inputs
     scale = case.head_dim**-0.5
-    found, _ = ops.forward_kernel(query, key, value, case.block_size, 0, scale, entropy=True)
+    found, _ = ops.forward_kernel(
+        query, key, value, case.block_size, case.is_causal, 0, scale, entropy=True
+    )
     assert found == ops.HOPPER
     check_entropies(case, "cuda", "triton")
     check_entropy_gradients(case, "cuda", "triton")
@@ -333,10 +335,12 @@ def test_last_group_has_items_for_all_programs():
     ("change", "kernel", "why"),
     [
         ({}, ops.HOPPER, "memory accelerator"),
-        ({"length": 2048}, ops.HOPPER, ""),
-        ({"length": 2047}, ops.PORTABLE, "so small"),
-        ({"length": 2048, "head_dim": 128}, ops.HOPPER, ""),
-        ({"length": 2047, "head_dim": 128}, ops.PORTABLE, "so small"),
+        ({"length": 1448}, ops.PORTABLE, "so small"),
+        ({"length": 1449}, ops.HOPPER, ""),
+        ({"length": 1024, "head_dim": 128}, ops.HOPPER, ""),
+        ({"length": 1023, "head_dim": 128}, ops.PORTABLE, "so small"),
+        ({"length": 2048, "head_dim": 128, "is_causal": True}, ops.HOPPER, ""),
+        ({"length": 2047, "head_dim": 128, "is_causal": True}, ops.PORTABLE, "so small"),
         ({"length": 16}, ops.DECODE, "at most 16 queries"),
         ({"entropy": True}, ops.HOPPER, ""),
         ({"entropy": True, "length": 16}, ops.PORTABLE, "so small"),
@@ -357,8 +361,8 @@ def test_which_kernel_runs(change, kernel, why, monkeypatch):
     shape = (2, 16, case["length"], case["head_dim"])
     query = torch.empty(shape, dtype=case["dtype"], device="meta")
     found, reason = ops.forward_kernel(
-        query, query, query, (case["block"],) * 2, case.get("window", 0), 0.1,
-        entropy=case.get("entropy", False),
+        query, query, query, (case["block"],) * 2, case.get("is_causal", False),
+        case.get("window", 0), 0.1, entropy=case.get("entropy", False),
     )  # fmt: skip
     assert found == kernel
     assert why in reason

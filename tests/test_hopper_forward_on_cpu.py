@@ -75,8 +75,9 @@ class Forward(Call):
             is_causal=rng.random() < 0.5, is_listed=rng.random() < 0.75,
             has_lens=rng.random() < 0.3, stages=rng.choice((1, 2, 2, 3)),
             ping_pong=warpgroups == 2 and rng.random() < 0.6,
-            query_registers=(block_d == 64 or warpgroups == 1) and rng.random() < 0.5, pin=rng.random() < 0.3,
-            guard=rng.random() < 0.5, programs=programs, places=rng.randint(1, programs), seed=seed,
+            query_registers=(block_d == 64 or warpgroups == 1) and rng.random() < 0.5,
+            pin=rng.random() < 0.3, guard=rng.random() < 0.5, programs=programs,
+            places=rng.randint(1, programs), seed=seed,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

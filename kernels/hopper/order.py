@@ -8,7 +8,7 @@ A work item is a tile of queries of one head. Programs claim items one after the
 order is all the schedule that there is (list scheduling). The longest items come first (Graham,
 SIAM J. Appl. Math. 17, 1969), but only within a group of heads whose keys and values fit in L2
 together: were all heads open at once, they would throw each other's keys out of it. The last group
-is larger if it has to be, with some items a program, short ones at its end: all programs end together.
+is larger if it has to be, for some items a program: with the shortest last, all end together.
 
 One launch, no synchronisation, no sort: the place of an item is the number of items of its group
 that come before it, and each program counts those of its tiles.
@@ -343,10 +343,11 @@ def _plan_backward_order(
 ) -> Launch:
     batch, kv_heads, kv_len, _ = key.shape
     tiles = offsets.shape[2] - 1
+    last = (batch * kv_heads - 1) // together * together  # the groups are the units of `sums`
     return _launch(
-        list_strides(offsets, rows), key.device, batch, kv_heads, together,
-        (batch * kv_heads - 1) // together * together, query.shape[2], kv_len, tiles, BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False,
-        LISTED=True,
+        list_strides(offsets, rows), key.device, batch, kv_heads, together, last, query.shape[2],
+        kv_len, tiles,
+        BLOCK_M=128, BLOCK_Q=block_q, BLOCK_K=128, IS_CAUSAL=is_causal, MAY_CUT=False, LISTED=True,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,
         GROUP=query.shape[1] // kv_heads,
     )  # fmt: skip
