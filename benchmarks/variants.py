@@ -74,17 +74,21 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
                         "guard": True,
                     }  # fmt: skip
         for stages in (2, 3, 4):
-            changes[f"{stages} stages"] = {"stages": stages}
+            changes[f"{stages} stages"] = {"key_stages": stages, "value_stages": stages}
     else:
-        two_blocks = {"block_n": 128, "stages": 2, "programs": 2}
+        two_stages = {"key_stages": 2, "value_stages": 2}
+        two_blocks = {"block_n": 128, "programs": 2, **two_stages}
         changes["two blocks a step"] = two_blocks
         changes["two blocks a step, pin"] = {**two_blocks, "pin": True}
         changes["pin"] = {"pin": True}
         for registers, words in ((True, "query in registers"), (False, "query in shared memory")):
-            changes[words] = {"query_registers": registers}
-            changes[f"{words}, pin"] = {"query_registers": registers, "pin": True}
-        changes["two programs"] = {"programs": 2, "stages": 2}
-        changes["three programs"] = {"programs": 3, "stages": 2}
+            # In shared memory they leave no room for a third slot of keys.
+            stages = {} if registers else two_stages
+            changes[words] = {"query_registers": registers, **stages}
+            changes[f"{words}, pin"] = {"query_registers": registers, "pin": True, **stages}
+        changes["two stages"] = two_stages
+        changes["two programs"] = {"programs": 2, **two_stages}
+        changes["three programs"] = {"programs": 3, **two_stages}
         if not entropies:
             changes["no guard" if default.guard else "guard"] = {"guard": not default.guard}
     return _others(default, changes)

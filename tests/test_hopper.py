@@ -305,7 +305,7 @@ def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
             shared = programs * (2 * stages + 3) * block * head_dim * 2
             if shared > 226 * 1024 or (programs > 1 and block > 64):
                 continue  # does not fit
-            config = HopperConfig(block, block // 64, stages, programs, pin=pin)
+            config = HopperConfig(block, block // 64, stages, stages, programs, pin=pin)
             for _ in range(5):
                 order = work_order(
                     query, key, *lists, (block, block), block, False, 50 << 20, 132 * programs

@@ -53,6 +53,7 @@ class Forward(Call):
     """A forward, and what it has done."""
 
     block_n: int
+    key_stages: int
     warpgroups: int
     ping_pong: bool
     query_registers: bool
@@ -74,6 +75,7 @@ class Forward(Call):
             block_n=rng.choice((block_k, 128)), warpgroups=warpgroups,
             is_causal=rng.random() < 0.5, is_listed=rng.random() < 0.75,
             has_lens=rng.random() < 0.3, stages=rng.choice((1, 2, 2, 3)),
+            key_stages=rng.choice((1, 2, 2, 3)),
             ping_pong=warpgroups == 2 and rng.random() < 0.6,
             query_registers=(block_d == 64 or warpgroups == 1) and rng.random() < 0.5,
             pin=rng.random() < 0.3, guard=rng.random() < 0.5, programs=programs,
@@ -114,7 +116,8 @@ class Forward(Call):
                 Pointer(indices.reshape(-1)), Pointer(self.kv_ends), Pointer(self.q_ends),
                 Pointer(order), **{name: Number(x) for name, x in numbers.items()}, scale_log2=1.0,
                 BLOCK_D=self.block_d, BLOCK_N=self.block_n, BLOCK_Q=self.block_size[0],
-                BLOCK_K=self.block_size[1], WARPGROUPS=self.warpgroups, STAGES=self.stages,
+                BLOCK_K=self.block_size[1], WARPGROUPS=self.warpgroups,
+                KEY_STAGES=self.key_stages, VALUE_STAGES=self.stages,
                 IS_CAUSAL=self.is_causal, MAY_CUT=self.may_cut, LISTED=self.is_listed,
                 HAS_KV_LENS=self.has_lens, HAS_Q_LENS=self.has_lens,
                 ROW_ENTROPY=False, BLOCK_ENTROPY=False, PING_PONG=self.ping_pong,
@@ -177,6 +180,8 @@ def test_each_pair_once_in_any_order(first):
 
 KEYS_FREE = "            memory.keys.wait_empty(use)\n"
 KEYS_FETCHED = "            memory.keys.fetch(use, key_desc, batch"
+QUERIES_READ = "        query = query.load(gl.DotOperandLayout(0, layout, 2))\n"
+QUERIES_RELEASED = "        gl.thread_barrier()\n        memory.queries.release(turn)\n"
 
 # What is forgotten: the source, what stands there instead, and what is said of it.
 FAULTS = {
@@ -186,7 +191,15 @@ FAULTS = {
         "        memory.queries.wait_empty(turn)\n", "", ".",
     ),
     "releasing keys": ("    memory.keys.release(use)\n", "", "deadlock"),
-    "releasing queries": ("        memory.queries.release(turn)\n", "", "deadlock"),
+    "releasing queries": (
+        "            memory.queries.release(turn)\n", "            pass\n", "deadlock",
+    ),
+    "releasing queries in registers": (
+        "        memory.queries.release(turn)\n    return query", "    return query", "deadlock",
+    ),
+    "that queries are read before they are released": (
+        QUERIES_READ + QUERIES_RELEASED, QUERIES_RELEASED + QUERIES_READ, "undefined",
+    ),
     "the gap of an odd list": ("gl.where(slot < last, start, self.kv_len)", "start", "."),
     "the diagonal": ("gl.minimum(limits, positions + 1)", "limits", "pairs"),
     "waiting until a result has left": (

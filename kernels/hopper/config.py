@@ -16,10 +16,11 @@ class HopperConfig:
     Attributes:
         block_n: keys a step, one block or two.
         warpgroups: of 64 queries each; they share a block of queries.
-        stages: slots of the rings of keys and of values.
+        key_stages, value_stages: slots of the rings of keys and of values.
         programs: a multiprocessor; more than one only with one warpgroup each.
         ping_pong: the warpgroups take turns at the tensor cores.
-        query_registers: queries are operands from registers instead of shared memory.
+        query_registers: queries are operands from registers instead of shared memory, where they
+            then take one slot instead of two.
         pin: keep ptxas from waiting for P V before the exponentials.
         guard: in steps without masks keep the maximum, until a sum outgrows it; without entropies
             only.
@@ -27,7 +28,8 @@ class HopperConfig:
 
     block_n: int
     warpgroups: int
-    stages: int
+    key_stages: int
+    value_stages: int
     programs: int = 1
     ping_pong: bool = True
     query_registers: bool = False
@@ -41,15 +43,17 @@ def hopper_config(
     """The default; block_size is (64 or a multiple of 128, 64 or 128)."""
     is_wide = head_dim > 64
     if block_size[0] < 128:
-        programs, stages = (2, 2) if is_wide else (3, 3)
+        programs, value_stages = (2, 2) if is_wide else (3, 3)
         return HopperConfig(
-            64, 1, stages, programs, ping_pong=False, query_registers=is_wide, guard=not entropies
-        )
+            64, 1, 3, value_stages, programs, ping_pong=False, query_registers=is_wide,
+            guard=not entropies,
+        )  # fmt: skip
     if entropies:
-        return HopperConfig(128, 2, 2 if is_wide else 4, ping_pong=is_wide, pin=True)
+        stages = 2 if is_wide else 4
+        return HopperConfig(128, 2, stages, stages, ping_pong=is_wide, pin=True)
     if is_wide:
-        return HopperConfig(128, 2, 2, guard=True)
-    return HopperConfig(128, 2, 3, query_registers=True, guard=True)
+        return HopperConfig(128, 2, 2, 2, guard=True)
+    return HopperConfig(128, 2, 3, 3, query_registers=True, guard=True)
 
 
 @dataclass(frozen=True)

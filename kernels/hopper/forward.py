@@ -28,8 +28,9 @@ its products have read the slot). The n-th use of a slot completes phase n of bo
     producer:   item 0: Q K, K V, K V, ..., item 1: Q K V (that V of item 0), K V, ..., end: Q K V
     warpgroup:  Q K, then K+V, K+V, ..., Q K+V (that K of the next item), K+V, ...
 where K of step s and V of step s - 1 are used together; the end is an item without V, so that the
-last product needs no branch. What an item is stands in shared memory, with a barrier `announced` a
-slot; that its slot is free follows from the ring of queries, which has the same slots.
+last product needs no branch. What an item is stands in one of two slots of shared memory, with a
+barrier `announced` each. When there is room for an item's queries, all have read the item
+before it, so that the slot of the one before that is free.
 """
 
 import torch
@@ -89,11 +90,13 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _query(problem, memory, turn, WARPGROUP: gl.constexpr):
-    """(64, D) queries as operand of the products, in shared memory or in registers."""
+    """(64, D) queries as operand of the products; what is left in shared memory is not released."""
     query = memory.queries.tile(turn, WARPGROUP)
     if problem.QUERY_REGISTERS:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.BLOCK_N, 16])
         query = query.load(gl.DotOperandLayout(0, layout, 2))
+        gl.thread_barrier()
+        memory.queries.release(turn)
     return query
 
 
@@ -249,7 +252,8 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
             )  # fmt: skip
             use += 1
             step -= 1
-        memory.queries.release(turn)
+        if not problem.QUERY_REGISTERS:
+            memory.queries.release(turn)
 
         turn += 1
         next_tile, next_last, full, low, high = memory.items.read(turn)
@@ -275,7 +279,7 @@ def _forward_kernel(
     index_stride_b, index_stride_h, index_stride_t,
     heads, group, q_len, kv_len, q_tiles, items, scale_log2,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr, MAY_CUT: gl.constexpr, LISTED: gl.constexpr,
     HAS_KV_LENS: gl.constexpr, HAS_Q_LENS: gl.constexpr,
     ROW_ENTROPY: gl.constexpr, BLOCK_ENTROPY: gl.constexpr,
@@ -294,14 +298,15 @@ def _forward_kernel(
     dtype: gl.constexpr = out_desc.dtype
     out_boxes = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, 1, ROWS, BLOCK_D], out_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
-    queries = ring(query_desc, 2, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS)
+    QUERY_STAGES: gl.constexpr = 1 if QUERY_REGISTERS else 2
+    queries = ring(query_desc, QUERY_STAGES, WARPGROUPS, ROWS, BLOCK_D, WARPGROUPS)
     pin = queries.full.index(0)  # no barrier that nobody uses: see `ring`
     if PIN:
         pin = barriers(1, 1).index(0)
     memory = Memory(
         queries,
-        ring(key_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
-        ring(value_desc, STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
+        ring(key_desc, KEY_STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
+        ring(value_desc, VALUE_STAGES, 1, BLOCK_N, BLOCK_D, WARPGROUPS),
         item_slots(2),
         out_boxes,
         out_boxes._reinterpret(dtype, [WARPGROUPS, ROWS, BLOCK_D], out_layout),
@@ -512,7 +517,8 @@ def plan_forward(
         },
         BLOCK_D=block_d, BLOCK_N=config.block_n,
         BLOCK_Q=block_size[0], BLOCK_K=block_size[1],
-        WARPGROUPS=config.warpgroups, STAGES=config.stages,
+        WARPGROUPS=config.warpgroups,
+        KEY_STAGES=config.key_stages, VALUE_STAGES=config.value_stages,
         IS_CAUSAL=is_causal, MAY_CUT=kv_lens is not None or kv_len % block_size[1] != 0,
         LISTED=indices is not None,
         HAS_KV_LENS=kv_lens is not None, HAS_Q_LENS=q_lens is not None,

@@ -254,7 +254,7 @@ class Memory:
 
     Attributes:
         queries, keys, values: rings that the producer fills.
-        items: of as many slots as the ring of queries has, free as those are.
+        items: two slots; when they are free says the ring of queries.
         out_boxes, out_tiles: (warpgroups, 64, D), results on their way out.
         pin: a barrier of which phase 0 never completes; not one of its own without `Problem.PIN`.
     """

@@ -26,7 +26,7 @@ def scheduler(problem, memory, items_ptr, items):
         low, high = problem.starts(problem.address(tile), last, problem.steps(last) - 1)
         memory.items.announce(turn, tile, last, full, low, high)
         turn += 1
-        # When the item before that one is done, and its slot free.
+        # When the item in that slot has been read by all.
         memory.queries.wait_empty(turn)
         claimed = gl.atomic_add(items_ptr + items * 4, 1)
         # Each program's first item needs no claim, and each claims once in vain: this was the last.
