@@ -160,7 +160,8 @@ class Symbol:
         return Symbol([self, other])
 
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _merged
-    __truediv__ = __rtruediv__ = __and__ = __rand__ = __ne__ = _merged  # type: ignore[assignment]
+    __truediv__ = __rtruediv__ = __and__ = __rand__ = _merged
+    __ne__ = __lt__ = __gt__ = _merged  # type: ignore[assignment]
     __hash__ = object.__hash__
 
     def products(self) -> list[tuple[Any, Any]]:

@@ -70,7 +70,7 @@ def _atomic_add(pointer: Pointer, value: int, sem: str = "", scope: str = "") ->
     return Number(old)
 
 
-def _where(condition: Any, yes: Any, no: Any) -> Any:
+def where(condition: Any, yes: Any, no: Any) -> Any:
     if isinstance(condition, np.ndarray) and condition.ndim:
         if isinstance(yes, Symbol):
             masked = Symbol([yes])
@@ -241,7 +241,7 @@ LANGUAGE = SimpleNamespace(
     static_range=range, static_assert=lambda holds: check(holds, "a static assertion"),
     allocate_shared_memory=_allocate,
     arange=lambda first, end, layout: lanes(np.arange(first, end)),
-    zeros=_zeros, zeros_like=lambda x: lanes(np.zeros_like(x)), where=_where,
+    zeros=_zeros, zeros_like=lambda x: lanes(np.zeros_like(x)), where=where,
     minimum=lambda a, b: _extreme(np.minimum, a, b),
     maximum=lambda a, b: _extreme(np.maximum, a, b),
     load=_load, store=_store, atomic_add=_atomic_add,

@@ -41,6 +41,7 @@ REPLACED = {
     "guarded_softmax": later_softmax,
     "for_guarded": lambda sums: sums,
     "rescale": lambda acc, alpha: Symbol([acc, alpha]),
+    "where_below": lambda number, limit, x, _: gluon_on_cpu.where(number < limit, x, 0.0),
 }
 
 

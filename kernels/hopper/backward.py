@@ -131,7 +131,7 @@ def _producer(
         buffers.keys.wait_empty(turn)
         buffers.keys.fetch(turn, key_desc, batch, kv_head, key_start, key_start)
         buffers.await_item_slot(turn)
-        buffers.items.announce(turn, item, column, begin, count, 0)
+        buffers.items.announce(turn, item, column, begin, count, 0, 0)
         q_end, kv_end = valid_ends(columns, batch)
         first_use = use
         member = 0
@@ -159,7 +159,7 @@ def _producer(
         # Not before: who claims early takes what another program would begin sooner.
         item = sums.claim()
     buffers.await_item_slot(turn)
-    buffers.items.announce(turn, item, 0, 0, 0, 0)
+    buffers.items.announce(turn, item, 0, 0, 0, 0, 0)
 
 
 # Consumers
@@ -174,7 +174,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
         pass_turn(1)  # the first turn is the other's
     turn = _counter()
     use = _counter()
-    item, column, begin, count, _ = buffers.items.read(turn)
+    item, column, begin, count, _, _ = buffers.items.read(turn)
     while item != NO_ITEM:
         batch, kv_head, key_start = columns.place(column)
         q_end, kv_end = valid_ends(columns, batch)
@@ -211,7 +211,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             member += 1
             begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
         # Read once more, as it would be on the stack, and spill more, if kept all the time.
-        _, column, _, _, _ = buffers.items.read(turn)
+        _, column, _, _, _, _ = buffers.items.read(turn)
         buffers.give_item_back(turn)
         batch, kv_head, key_start = columns.place(column)
         start = key_start + WARPGROUP * KEYS
@@ -224,7 +224,7 @@ def _consumer(columns, buffers, grad_key_desc, grad_value_desc, WARPGROUP: gl.co
             tma.store_wait(0)
             buffers.values.release(turn)
         turn += 1
-        item, column, begin, count, _ = buffers.items.read(turn)
+        item, column, begin, count, _, _ = buffers.items.read(turn)
     query_part = query_product(columns, buffers, turn - 1, use, WARPGROUP)
     query_part = warpgroup_mma_wait(0, deps=(query_part,))
     hand_over(columns, buffers, query_part, use, WARPGROUP)
@@ -242,7 +242,7 @@ def _writer(columns, buffers, sums, sum_desc):
     turn = _counter()
     use = _counter() + 1
     head_steps = (columns.q_len + columns.BLOCK_M - 1) // columns.BLOCK_M
-    item, column, begin, count, _ = buffers.items.read(turn)
+    item, column, begin, count, _, _ = buffers.items.read(turn)
     while item != NO_ITEM:
         buffers.give_item_back(turn)
         batch, kv_head, key_start = columns.place(column)
@@ -270,7 +270,7 @@ def _writer(columns, buffers, sums, sum_desc):
             begin, count = columns.next_column(batch, head + 1, key_start, member, begin, count)
         sums.tell_added(item)
         turn += 1
-        item, column, begin, count, _ = buffers.items.read(turn)
+        item, column, begin, count, _, _ = buffers.items.read(turn)
 
 
 # Caretaker
@@ -280,12 +280,12 @@ def _writer(columns, buffers, sums, sum_desc):
 def _caretaker(buffers, sums):
     """Clear and round shares of other sums."""
     turn = _counter()
-    item, _, _, _, _ = buffers.items.read(turn)
+    item, _, _, _, _, _ = buffers.items.read(turn)
     while item != NO_ITEM:
         buffers.give_item_back(turn)
         sums.clear_and_round(item)
         turn += 1
-        item, _, _, _, _ = buffers.items.read(turn)
+        item, _, _, _, _, _ = buffers.items.read(turn)
 
 
 @gluon.jit(do_not_specialize=(*LENGTHS, "kv_heads", *UNITS))

@@ -51,6 +51,7 @@ from entropy_attn.kernels.hopper.config import REGISTERS, HopperConfig, hopper_c
 from entropy_attn.kernels.hopper.order import plan_order, work_order
 from entropy_attn.kernels.hopper.primitives import (
     ROWS,
+    ZERO,
     Memory,
     Problem,
     Results,
@@ -60,6 +61,7 @@ from entropy_attn.kernels.hopper.primitives import (
     pass_turn,
     ring,
     take_turn,
+    where_below,
 )
 from entropy_attn.kernels.hopper.producer import producer, scheduler
 from entropy_attn.kernels.hopper.row_values import rescale
@@ -153,12 +155,14 @@ def _step(
 
 
 @gluon.jit
-def _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP: gl.constexpr):
+def _store(
+    problem, memory, results, acc, sums, batch_head, row, last, q_end, WARPGROUP: gl.constexpr
+):  # fmt: skip
     """Write O = acc / l, the log-sum-exp and the entropies of an item.
 
     A row without a key, or of padding, gets 0, -inf and 0.
     """
-    batch, head, row = problem.place(tile)
+    batch, head = problem.place(batch_head)
     row += WARPGROUP * ROWS
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     mass = gl.convert_layout(gl.sum(sums.mass, 1), layout)  # (64,)
@@ -170,7 +174,8 @@ def _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP: gl
     if problem.HAS_Q_LENS:
         is_alive = is_alive & (row + gl.arange(0, ROWS, layout) < q_end)
     safe_mass = gl.where(is_alive, mass, 1.0)
-    acc = gl.where(is_alive[:, None], acc * (1.0 / safe_mass)[:, None], 0.0)  # (64, D)
+    acc *= (1.0 / safe_mass)[:, None]
+    acc = where_below(0, is_alive.to(gl.int32)[:, None], acc, ZERO)  # (64, D)
     tma.store_wait(0)  # the item before has left shared memory
     out_tile = memory.out_tiles.index(WARPGROUP)
     out_tile.store(acc.to(out_tile.dtype))
@@ -181,7 +186,7 @@ def _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP: gl
     log_mass = gl.log2(safe_mass)
     lse = gl.where(is_alive, (maximum + log_mass) * LN_2, float("-inf"))
     rows = row + gl.arange(0, ROWS, layout)
-    head_start = (tile // problem.q_tiles).to(gl.int64) * problem.q_len
+    head_start = batch_head.to(gl.int64) * problem.q_len
     gl.store(results.lse + head_start + rows, lse, mask=rows < problem.q_len)
     if problem.ROW_ENTROPY:
         entropy = _entropy(sums.row, safe_mass, log_mass, is_alive)
@@ -209,8 +214,8 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     if problem.PING_PONG and WARPGROUP == 1:
         pass_turn(1)  # the first turn is the other's
 
-    tile, last, full, low, high = memory.items.read(0)
-    q_end, kv_end = problem.ends(tile)
+    batch_head, row, last, full, low, high = memory.items.read(0)
+    q_end, kv_end = problem.ends(batch_head)
     memory.queries.wait_full(0)
     query = _query(problem, memory, 0, WARPGROUP)
     scores = warpgroup_mma_wait(0, deps=(_scores(problem, memory, query, 0),))
@@ -219,13 +224,12 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
     lane = gl.arange(0, ROWS, row_layout)  # (64,)
     turn = 0  # items done
     use = 1  # steps whose Q K^T was started
-    while tile >= 0:
+    while batch_head >= 0:
         step = problem.steps(last) - 1
         full_steps = full // problem.BLOCKS
-        address = problem.address(tile)
+        address = problem.address(batch_head, row)
         limits = gl.zeros_like(lane) + kv_end  # (64,) the first key that a row must not see
         if problem.IS_CAUSAL:
-            _, _, row = problem.place(tile)
             positions = row + WARPGROUP * ROWS + lane + kv_end - q_end
             limits = gl.minimum(limits, positions + 1)
 
@@ -256,16 +260,19 @@ def _consumer(problem, memory, results, WARPGROUP: gl.constexpr):
             memory.queries.release(turn)
 
         turn += 1
-        next_tile, next_last, full, low, high = memory.items.read(turn)
-        next_q_end, next_kv_end = problem.ends(next_tile)
+        next_batch_head, next_row, next_last, full, low, high = memory.items.read(turn)
+        next_q_end, next_kv_end = problem.ends(next_batch_head)
         memory.queries.wait_full(turn)
         query = _query(problem, memory, turn, WARPGROUP)
         scores, acc = _products(problem, memory, query, p, acc, use, WARPGROUP)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         memory.values.release(use - 1)
         use += 1
-        _store(problem, memory, results, acc, sums, tile, last, q_end, WARPGROUP)
-        tile = next_tile
+        _store(
+            problem, memory, results, acc, sums, batch_head, row, last, q_end, WARPGROUP
+        )  # fmt: skip
+        batch_head = next_batch_head
+        row = next_row
         last = next_last
         q_end = next_q_end
         kv_end = next_kv_end

@@ -10,6 +10,9 @@ ROWS = gl.constexpr(64)  # queries a warpgroup
 # Named barriers of the two warpgroups' turns at the tensor cores. Triton uses the low numbers.
 TURN = gl.constexpr(12)
 NO_ITEM = gl.constexpr(-1)  # announced at the end
+# As PTX writes them.
+ZERO = gl.constexpr("0f00000000")
+MINUS_INFINITY = gl.constexpr("0fFF800000")
 
 
 # Pieces of PTX that Gluon has no name for
@@ -29,6 +32,20 @@ def log2(x):
     return gl.inline_asm_elementwise(
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def where_below(number, limit, x, OTHER: gl.constexpr):
+    """x where number < limit, else OTHER, a float32 in PTX; all are broadcast to one shape.
+
+    A comparison and a selection an element. Of `gl.where` the compiler makes all predicates first,
+    more than there are registers for, so that ptxas packs them into others and unpacks them again;
+    and before a conversion to 16 bits it selects halves of registers.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.s32 p, $1, $2; selp.f32 $0, $3, " + OTHER + ", p; }", "=f,r,r,f",
+        [number, limit, x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -199,20 +216,21 @@ class Items:
         self.SLOTS = gl.constexpr(SLOTS)
 
     @gluon.jit
-    def announce(self, turn, first, second, third, fourth, fifth):
+    def announce(self, turn, first, second, third, fourth, fifth, sixth):
         """Tell the other partitions what the ``turn``-th item is."""
         layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])  # all of it in every thread
         lane = gl.arange(0, 8, layout)
         fields = gl.where(lane == 2, third, 0)
         fields = gl.where(lane == 0, first, gl.where(lane == 1, second, fields))
         fields = gl.where(lane == 3, fourth, gl.where(lane == 4, fifth, fields))
+        fields = gl.where(lane == 5, sixth, fields)
         slot = slot_of(turn, self.SLOTS)
         self.fields.index(slot).store(fields)
         mbarrier.arrive(self.announced.index(slot), count=1)
 
     @gluon.jit
     def read(self, turn):
-        """The five fields of an item, once it is announced."""
+        """The six fields of an item, once it is announced."""
         slot = slot_of(turn, self.SLOTS)
         mbarrier.wait(self.announced.index(slot), phase_of(turn, self.SLOTS))
         layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
@@ -223,7 +241,8 @@ class Items:
         third = gl.sum(gl.where(lane == 2, fields, 0), 0)
         fourth = gl.sum(gl.where(lane == 3, fields, 0), 0)
         fifth = gl.sum(gl.where(lane == 4, fields, 0), 0)
-        return first, second, third, fourth, fifth
+        sixth = gl.sum(gl.where(lane == 5, fields, 0), 0)
+        return first, second, third, fourth, fifth, sixth
 
 
 @gluon.jit
@@ -369,25 +388,20 @@ class Problem:
         self.BLOCKS = gl.constexpr(BLOCK_N // BLOCK_K)
 
     @gluon.jit
-    def place(self, tile):
-        """(batch, head, first query) of a tile."""
-        batch_head = tile // self.q_tiles
-        return (
-            batch_head // self.heads,
-            batch_head % self.heads,
-            tile % self.q_tiles * self.BLOCK_M,
-        )
+    def place(self, batch_head):
+        """(batch, head)."""
+        return batch_head // self.heads, batch_head % self.heads
 
     @gluon.jit
-    def ends(self, tile):
-        """Valid queries and keys of a tile's batch row; a tile below 0 stands for the first."""
-        batch, _, _ = self.place(gl.maximum(tile, 0))
+    def ends(self, batch_head):
+        """Valid queries and keys of a head's batch row; a head below 0 stands for the first."""
+        batch, _ = self.place(gl.maximum(batch_head, 0))
         return valid_ends(self, batch)
 
     @gluon.jit
-    def address(self, tile):
-        """Where a tile's list starts."""
-        batch, head, row = self.place(tile)
+    def address(self, batch_head, row):
+        """Where the list of the queries from ``row`` on starts."""
+        batch, head = self.place(batch_head)
         offset = batch.to(gl.int64) * self.stride_b + head.to(gl.int64) * self.stride_h
         return self.indices + offset + (row // self.BLOCK_Q).to(gl.int64) * self.stride_t
 

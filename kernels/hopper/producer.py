@@ -23,8 +23,11 @@ def scheduler(problem, memory, items_ptr, items):
         tile = gl.load(items_ptr + item * 4)
         last = gl.load(items_ptr + item * 4 + 1)
         full = gl.load(items_ptr + item * 4 + 2)
-        low, high = problem.starts(problem.address(tile), last, problem.steps(last) - 1)
-        memory.items.announce(turn, tile, last, full, low, high)
+        batch_head = tile // problem.q_tiles
+        row = tile % problem.q_tiles * problem.BLOCK_M
+        address = problem.address(batch_head, row)
+        low, high = problem.starts(address, last, problem.steps(last) - 1)
+        memory.items.announce(turn, batch_head, row, last, full, low, high)
         turn += 1
         # When the item in that slot has been read by all.
         memory.queries.wait_empty(turn)
@@ -32,7 +35,7 @@ def scheduler(problem, memory, items_ptr, items):
         # Each program's first item needs no claim, and each claims once in vain: this was the last.
         gl.store(items_ptr + items * 4, 0, mask=claimed == items - 1)
         item = claimed + gl.num_programs(0)
-    memory.items.announce(turn, NO_ITEM, 0, 0, 0, 0)
+    memory.items.announce(turn, NO_ITEM, 0, 0, 0, 0, 0)
 
 
 # Producer
@@ -48,12 +51,12 @@ def producer(problem, memory, query_desc, key_desc, value_desc):
     value_head = 0
     value_low = 0
     value_high = 0
-    tile, last, _, low, high = memory.items.read(0)
-    while tile >= 0:
-        batch, head, row = problem.place(tile)
+    batch_head, row, last, _, low, high = memory.items.read(0)
+    while batch_head >= 0:
+        batch, head = problem.place(batch_head)
         memory.queries.fetch(turn, query_desc, batch, head, row, row + ROWS)
         kv_head = head // problem.group
-        address = problem.address(tile)
+        address = problem.address(batch_head, row)
         step = problem.steps(last) - 1
         while step >= 0:
             memory.keys.wait_empty(use)
@@ -74,7 +77,7 @@ def producer(problem, memory, query_desc, key_desc, value_desc):
             use += 1
             step -= 1
         turn += 1
-        tile, last, _, low, high = memory.items.read(turn)
+        batch_head, row, last, _, low, high = memory.items.read(turn)
     # The end: queries and keys for a product that nobody looks at.
     memory.queries.fetch(turn, query_desc, 0, 0, 0, ROWS)
     memory.keys.wait_empty(use)

@@ -18,7 +18,14 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
 from entropy_attn.kernels.hopper.guarded import guarded_exp2
-from entropy_attn.kernels.hopper.primitives import ROWS, exp2, log2, settled
+from entropy_attn.kernels.hopper.primitives import (
+    MINUS_INFINITY,
+    ROWS,
+    exp2,
+    log2,
+    settled,
+    where_below,
+)
 from entropy_attn.kernels.hopper.row_values import by_thread, of_threads
 
 NO_SCORE = gl.constexpr(-1.0e38)  # below every score, yet finite: see primitives.NO_SCORE
@@ -58,7 +65,7 @@ def visible(scores, problem, low, high, limits):
     keys = low + lane  # (N,)
     if problem.BLOCKS > 1:
         keys = gl.where(lane < problem.BLOCK_K, keys, high + lane - problem.BLOCK_K)
-    return gl.where(keys[None, :] < limits[:, None], scores, float("-inf"))
+    return where_below(keys[None, :], limits[:, None], scores, MINUS_INFINITY)
 
 
 @gluon.jit
