@@ -77,18 +77,21 @@ def hopper_variants(inputs: Inputs, entropies: bool = False) -> dict[str, Any]:
             changes[f"{stages} stages"] = {"key_stages": stages, "value_stages": stages}
     else:
         two_stages = {"key_stages": 2, "value_stages": 2}
-        two_blocks = {"block_n": 128, "programs": 2, **two_stages}
+        # In shared memory the queries of head_dim 128 leave no room for a third slot of keys.
+        in_memory = {"query_registers": False, **two_stages}
+        two_blocks = {"block_n": 128, "programs": 2, **in_memory}
         changes["two blocks a step"] = two_blocks
         changes["two blocks a step, pin"] = {**two_blocks, "pin": True}
         changes["pin"] = {"pin": True}
-        for registers, words in ((True, "query in registers"), (False, "query in shared memory")):
-            # In shared memory they leave no room for a third slot of keys.
-            stages = {} if registers else two_stages
-            changes[words] = {"query_registers": registers, **stages}
-            changes[f"{words}, pin"] = {"query_registers": registers, "pin": True, **stages}
         changes["two stages"] = two_stages
-        changes["two programs"] = {"programs": 2, **two_stages}
-        changes["three programs"] = {"programs": 3, **two_stages}
+        if default.query_registers:
+            changes["query in shared memory, two stages"] = in_memory
+            changes["query in shared memory, two stages, pin"] = {**in_memory, "pin": True}
+        else:
+            changes["query in registers"] = {"query_registers": True}
+            changes["query in registers, pin"] = {"query_registers": True, "pin": True}
+        changes["two programs, two stages"] = {"programs": 2, **two_stages}
+        changes["three programs, two stages"] = {"programs": 3, **two_stages}
         if not entropies:
             changes["no guard" if default.guard else "guard"] = {"guard": not default.guard}
     return _others(default, changes)

@@ -20,9 +20,10 @@ PORTABLE, DECODE, HOPPER = "block_sparse_forward", "decode", "hopper/forward"
 # The backward kernels of the Triton backend.
 PORTABLE_BACKWARD, HOPPER_BACKWARD = "block_sparse_backward", "hopper/backward"
 # From which size on the kernels for sm_90 are faster, the order of the work included; measured.
-# Forward: pairs of queries and keys of all heads, seen or not, times head_dim; with a causal mask
-# four times as many. Backward: pairs.
-SMALL, SMALL_BACKWARD = 2**32, 2**25
+# Pairs of queries and keys of all heads, seen or not, times head_dim; with a causal mask four times
+# as many.
+SMALL = 2**32
+SMALL_BACKWARD = 2**25  # pairs
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -106,14 +106,14 @@ def _plan(
     if is_empty or scale <= 0 or geometry.q_tiles > most_tiles(scorer, query, geometry):
         return None
     check.check_group("pool", scorer.pool, geometry.block_size)
-    form = geometry.block_size, geometry.is_causal, geometry.window, scale
-    kernel, _ = ops.forward_kernel(query, key, value, *form)
+    plain = geometry.block_size, geometry.is_causal, geometry.window, scale
+    kernel, _ = ops.forward_kernel(query, key, value, *plain)
     if kernel == ops.DECODE:
         return None
     from entropy_attn.kernels.prefill import plan_prefill
 
     return plan_prefill(
-        query, key, value, geometry.q_lens, geometry.kv_lens, form,
+        query, key, value, geometry.q_lens, geometry.kv_lens, plain,
         group=scorer.pool,
         spread=float(scorer.spread) if isinstance(scorer, Envelope) else None,
         take_maximum=scorer.reduce == "max",

@@ -159,6 +159,7 @@ class Hopper:
     dtype: torch.dtype = torch.bfloat16
     is_causal: bool = False
     kv_len: int = 1024
+    q_len: int = 1000
     dense: bool = False
     lens: bool = False
     row_entropy: bool = False
@@ -169,6 +170,7 @@ class Hopper:
         words = [f"Hopper, D={self.head_dim}", f"blocks {blocks}", str(self.dtype).split(".")[1]]
         switches = ("is_causal", "dense", "lens", "row_entropy", "block_entropy")
         words += [name for name in switches if getattr(self, name)]
+        words += [f"{self.q_len} queries"] * (self.q_len != 1000)
         return ", ".join([*words, f"N={self.kv_len}"])
 
     def run(self) -> None:
@@ -176,9 +178,9 @@ class Hopper:
         from entropy_attn.masks import BlockMask
 
         forward.device_limits = H200
-        query = torch.zeros(1, 4, 1000, self.head_dim, dtype=self.dtype)
+        query = torch.zeros(1, 4, self.q_len, self.head_dim, dtype=self.dtype)
         key = torch.zeros(1, 2, self.kv_len, self.head_dim, dtype=self.dtype)
-        mask = BlockMask.full(1, 4, 1000, self.kv_len, self.block)
+        mask = BlockMask.full(1, 4, self.q_len, self.kv_len, self.block)
         lists = (None, None) if self.dense else (mask.kv_num_blocks, mask.kv_indices)
         lens = torch.tensor([900], dtype=torch.int32) if self.lens else None
         forward.hopper_forward(
@@ -428,6 +430,7 @@ OWN_CASES: dict[str, tuple[Any, ...]] = {
         Hopper(128, (128, 128), row_entropy=True),
         Hopper(128, (128, 64), is_causal=True, lens=True, row_entropy=True, block_entropy=True),
         Hopper(64, (64, 64), lens=True, dense=True, block_entropy=True),
+        Hopper(128, (64, 64), q_len=40_000, row_entropy=True, block_entropy=True),
     )
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from itertools import groupby
+from itertools import groupby, product
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ from attention_cases import Case
 import entropy_attn as ea
 from entropy_attn import ops
 from entropy_attn.block_lists import column_lists
+from entropy_attn.kernels.hopper import order as orders
 from entropy_attn.kernels.hopper.order import (
     backward_order,
     heads_together,
     last_group,
     work_order,
 )
+from entropy_attn.kernels.plans import forget_plans
 from entropy_attn.reference import attention as reference
 from entropy_attn.reference import dense
 from entropy_attn.testing import assert_close_to_reference
@@ -51,6 +53,18 @@ def some_lengths(batch, q_len, kv_len, device) -> dict[str, torch.Tensor]:
     return {k: torch.tensor(n[:batch], dtype=torch.int32, device=device) for k, n in lens.items()}
 
 
+@pytest.fixture(params=["few items", "many items"])
+def counted_as(request, monkeypatch):
+    """An order is counted in one step, or by fewer programs in several, as of many items."""
+    forget_plans()
+    if request.param == "many items":
+        monkeypatch.setattr(orders, "FEW_ITEMS", 0)
+        monkeypatch.setattr(orders, "CHUNK", 16)
+    yield
+    forget_plans()
+
+
+@pytest.mark.usefixtures("counted_as")
 @pytest.mark.parametrize("given", [(), ("kv_lens",), ("q_lens",), ("kv_lens", "q_lens")])
 @pytest.mark.parametrize("is_listed", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -109,6 +123,7 @@ def test_work_order(problem, is_listed, given, device):
 BACKWARD_ORDERS = [(2, 3, 1, 2), (1, 2, 3, 5), (2, 3, 1, 4), (2, 3, 2, 4)]
 
 
+@pytest.mark.usefixtures("counted_as")
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("has_lens", [False, True])
@@ -299,22 +314,25 @@ def test_every_item_is_claimed_by_rings_of_any_depth(head_dim, block, pin):
     mask = ea.select_blocks(query, key, block_size=block, budget=ea.TopK(count=1), sink=0, local=0)
     lists = mask.kv_num_blocks, mask.kv_indices
     expected = ea.block_sparse_attention(query, key, value, mask)
-    for stages in (2, 3, 4):
-        for programs in (1, 2, 3):
-            # Rings of keys and values, two blocks of queries and one of results.
-            shared = programs * (2 * stages + 3) * block * head_dim * 2
-            if shared > 226 * 1024 or (programs > 1 and block > 64):
-                continue  # does not fit
-            config = HopperConfig(block, block // 64, stages, stages, programs, pin=pin)
-            for _ in range(5):
-                order = work_order(
-                    query, key, *lists, (block, block), block, False, 50 << 20, 132 * programs
-                )
-                out, *_ = hopper_forward(
-                    query, key, value, *lists, (block, block), False, scale, config, order
-                )
-                assert order[-1, 0] == 0
-                assert (out - expected).abs().max() < 0.05  # the same sums, rounded
+    stages = (2, 2), (3, 3), (4, 4), (3, 2), (1, 3)
+    for (keys, values), programs, in_registers in product(stages, (1, 2, 3), (False, True)):
+        # Rings of keys and values, queries, one block of results.
+        blocks = keys + values + (1 if in_registers else 2) + 1
+        fits = programs * blocks * block * head_dim * 2 <= 226 * 1024
+        if not fits or (programs > 1 and block > 64) or (in_registers and block + head_dim > 192):
+            continue  # not in shared memory, or not in registers
+        config = HopperConfig(
+            block, block // 64, keys, values, programs, query_registers=in_registers, pin=pin
+        )
+        for _ in range(5):
+            order = work_order(
+                query, key, *lists, (block, block), block, False, 50 << 20, 132 * programs
+            )
+            out, *_ = hopper_forward(
+                query, key, value, *lists, (block, block), False, scale, config, order
+            )
+            assert order[-1, 0] == 0
+            assert (out - expected).abs().max() < 0.05  # the same sums, rounded
 
 
 def test_so_many_tiles_are_not_all_compared():
@@ -327,7 +345,7 @@ def test_so_many_tiles_are_not_all_compared():
 def test_last_group_has_items_for_all_programs():
     assert last_group(32, 1, 256, 264) == 27  # 1280 items, of which 264 programs take 4 and more
     assert last_group(32, 8, 256, 264) == 24  # a group as the others
-    assert last_group(32, 3, 256, 264) == 27  # six heads and not the five left over
+    assert last_group(32, 3, 256, 264) == 27  # five heads, as the two that are left are few
     assert last_group(4, 1, 16, 132) == 0  # all there is
 
 

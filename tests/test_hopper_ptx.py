@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from entropy_attn.kernels.hopper import guarded
+from entropy_attn.kernels.hopper import guarded, primitives
 
 LANES = np.arange(32)
 
@@ -55,6 +55,10 @@ def execute(name: str, sources: list[str], value) -> np.ndarray:
         return x[0] > x[1]
     if name == "setp.gt.or.f32":
         return (x[0] > x[1]) | x[2]
+    if name == "setp.lt.s32":
+        return x[0] < x[1]
+    if name == "selp.f32":
+        return np.where(x[2], x[0], x[1])
     if name == "fma.rn.f32":
         return (x[0].astype(np.float64) * x[1] + x[2]).astype(np.float32)
     if name == "ex2.approx.ftz.f32":
@@ -170,3 +174,14 @@ def test_what_is_written_early_has_registers_of_its_own(count):
     early = [at for output, at in written.items() if constraints[output] == "=&f"]
     assert len(late) == 2
     assert min(late) > read > min(early)
+
+
+@pytest.mark.parametrize(
+    ("other", "number"), [(primitives.ZERO, 0.0), (primitives.MINUS_INFINITY, -np.inf)]
+)
+def test_where_below(other, number):
+    """Also where what is left out is no number, and at the limit."""
+    x = np.where(LANES % 3 == 0, np.nan, LANES).astype(np.float32)
+    limit = np.full(32, 12)
+    [found] = run(primitives._below_asm(other.value), 1, [LANES, limit, x], {})
+    np.testing.assert_array_equal(found, np.where(LANES < 12, x, number).astype(np.float32))

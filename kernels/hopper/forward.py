@@ -24,13 +24,15 @@ key) come first; of an odd list of blocks that are taken in pairs, the first ste
 
 Memory and barriers. Everything that the producer fills is a `Ring` of slots, each with a barrier
 `full` (the copy engine arrives with the bytes) and a barrier `empty` (each warpgroup arrives when
-its products have read the slot). The n-th use of a slot completes phase n of both. A program sees
+its products have read the slot, or it has itself, of queries that lie in registers). The n-th use
+of a slot completes phase n of both. A program sees
     producer:   item 0: Q K, K V, K V, ..., item 1: Q K V (that V of item 0), K V, ..., end: Q K V
     warpgroup:  Q K, then K+V, K+V, ..., Q K+V (that K of the next item), K+V, ...
 where K of step s and V of step s - 1 are used together; the end is an item without V, so that the
 last product needs no branch. What an item is stands in one of two slots of shared memory, with a
-barrier `announced` each. When there is room for an item's queries, all have read the item
-before it, so that the slot of the one before that is free.
+barrier `announced` each. It is announced when there is room for its queries. With two slots of
+queries the item before the last is done by then; with one, all have read the last. So nobody needs
+any more what stood in its slot, the item before the last.
 """
 
 import torch
@@ -92,7 +94,10 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _query(problem, memory, turn, WARPGROUP: gl.constexpr):
-    """(64, D) queries as operand of the products; what is left in shared memory is not released."""
+    """(64, D) queries as operand of the products, in shared memory or in registers.
+
+    In registers they have left their slot; the others do when the item is done.
+    """
     query = memory.queries.tile(turn, WARPGROUP)
     if problem.QUERY_REGISTERS:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.BLOCK_N, 16])

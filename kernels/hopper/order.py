@@ -32,7 +32,7 @@ from entropy_attn.kernels.primitives import (
     wait_for_last,
 )
 
-# That are compared with each other, unless one head has more.
+# That are compared with each other, or a few more; unless one head has more.
 MOST_ITEMS = 16384
 # Of this launch; few where there are few items, which then are looked at on the whole GPU.
 TILES_A_PROGRAM = 16
@@ -197,7 +197,7 @@ def heads_together(
 
 
 def last_group(total_heads: int, together: int, tiles: int, programs: int) -> int:
-    """First head of the last group, which has `ITEMS_AT_THE_END` if all heads have so many.
+    """First head of the last group, which has `ITEMS_AT_THE_END` a program if there are so many.
 
     Args:
         together: of `heads_together`; programs: that claim items.
@@ -221,10 +221,10 @@ def work_order(
 ) -> Tensor:
     """The work items in the order in which they are to be claimed.
 
-    It depends on the lists, the lengths, the shapes and is_causal alone, never on the values of
-    query and key: a caller with the same mask in every layer may keep it as long as lists and
-    lengths are unchanged. But two launches that may overlap, on different streams, must not share
-    one: it holds the counter.
+    It depends on the lists, the lengths, the shapes, is_causal and programs alone, never on the
+    values of query and key: a caller with the same mask in every layer may keep it as long as lists
+    and lengths are unchanged. But two launches that may overlap, on different streams, must not
+    share one: it holds the counter.
 
     Args:
         programs: that will claim the items, if there are so many.

@@ -34,6 +34,13 @@ def log2(x):
     )
 
 
+@gluon.constexpr_function
+def _below_asm(other):
+    """$0 = $3 where $1 < $2, else ``other``."""
+    lines = "{", ".reg .pred below;", "setp.lt.s32 below, $1, $2;"
+    return "\n".join([*lines, f"selp.f32 $0, $3, {other}, below;", "}"])
+
+
 @gluon.jit
 def where_below(number, limit, x, OTHER: gl.constexpr):
     """x where number < limit, else OTHER, a float32 in PTX; all are broadcast to one shape.
@@ -43,9 +50,8 @@ def where_below(number, limit, x, OTHER: gl.constexpr):
     and before a conversion to 16 bits it selects halves of registers.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.lt.s32 p, $1, $2; selp.f32 $0, $3, " + OTHER + ", p; }", "=f,r,r,f",
-        [number, limit, x], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+        _below_asm(OTHER), "=f,r,r,f", [number, limit, x], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
