@@ -447,14 +447,15 @@ def hopper_forward(
     config = config or hopper_config(query.shape[3], block_size, entropies)
     counts, indices = adjacent_lists(kv_num_blocks, kv_indices)
     multiprocessors, l2_bytes = device_limits(query.get_device())
+    programs = multiprocessors * config.programs
     if order is None:
         order = work_order(
             query, key, counts, indices, block_size, ROWS.value * config.warpgroups, is_causal,
-            l2_bytes, multiprocessors * config.programs, kv_lens, q_lens,
+            l2_bytes, programs, kv_lens, q_lens,
         )  # fmt: skip
     launch = plan_forward(
         query, key, value, out, counts, indices, kv_lens, q_lens, order.shape[0] - 1, block_size,
-        is_causal, scale, row_entropy, block_entropy, config, multiprocessors,
+        is_causal, scale, row_entropy, block_entropy, config, programs,
     )  # fmt: skip
     # An int32 tensor stands where there is none.
     integers = (order if x is None else x for x in (indices, kv_lens, q_lens))
@@ -480,13 +481,14 @@ def plan_attention(
     block_m = ROWS.value * config.warpgroups
     items = query.shape[0] * query.shape[1] * ceil_div(query.shape[2], block_m)
     multiprocessors, l2_bytes = device_limits(query.get_device())
+    programs = multiprocessors * config.programs
     order = plan_order(
-        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes,
-        multiprocessors * config.programs, kv_lens, q_lens,
+        query, key, counts, indices, block_size, block_m, is_causal, l2_bytes, programs, kv_lens,
+        q_lens,
     )  # fmt: skip
     forward = plan_forward(
         query, key, value, out, counts, indices, kv_lens, q_lens, items, block_size, is_causal,
-        scale, False, False, config, multiprocessors,
+        scale, False, False, config, programs,
     )  # fmt: skip
     return order, forward, items
 
@@ -508,7 +510,7 @@ def plan_forward(
     row_entropy: bool,
     block_entropy: bool,
     config: HopperConfig,
-    multiprocessors: int,
+    programs: int,
 ) -> Launch:
     heads, q_len, head_dim = query.shape[1:]
     kv_heads, kv_len = key.shape[1:3]
@@ -517,7 +519,7 @@ def plan_forward(
     box = (block_size[1], 64) if config.block_n > block_size[1] else (config.block_n, block_d)
     launch_registers, *registers = REGISTERS[config.programs]
     return Launch(
-        _forward_kernel, (min(items, multiprocessors * config.programs),),
+        _forward_kernel, (min(items, programs),),
         (
             *list_strides(counts, indices)[3:],
             heads, heads // kv_heads, q_len, kv_len,
